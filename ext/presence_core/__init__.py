@@ -1,0 +1,1 @@
+"""The Cython core: timing wheel, frames and hub. It imports nothing of ``presence``."""

@@ -1,0 +1,59 @@
+"""Builds the Cython extensions of ``presence_core``; everything else is in pyproject.toml.
+
+Environment:
+    PRESENCE_DEBUG=1  every Cython check on, no optimisation, C asserts alive
+    PRESENCE_ASAN=1   the debug build under AddressSanitizer and UBSan
+"""
+
+import os
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+MODULES = ["wheel", "frames", "histogram", "members", "backlog", "hub", "upgrade"]
+
+asan = os.environ.get("PRESENCE_ASAN") == "1"
+debug = asan or os.environ.get("PRESENCE_DEBUG") == "1"
+
+# The generated C lives out of the tree, one folder for each kind of build.
+build_dir = "build/cython-" + ("asan" if asan else "debug" if debug else "release")
+
+DIRECTIVES = {
+    "language_level": 3,
+    "embedsignature": False,
+    "freethreading_compatible": False,
+    "boundscheck": debug,
+    "wraparound": debug,
+    "initializedcheck": debug,
+    "overflowcheck": debug,
+    "nonecheck": debug,
+    "cdivision": not debug,
+}
+
+compile_args = ["-std=c11", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unused-function", "-Wno-missing-field-initializers"]
+link_args = []
+if debug:
+    compile_args += ["-O0", "-g", "-UNDEBUG"]
+else:
+    compile_args += ["-O3", "-g1", "-DNDEBUG"]
+if asan:
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+    compile_args += sanitizers
+    link_args += sanitizers
+
+extensions = [
+    Extension(
+        f"presence_core.{name}",
+        [f"ext/presence_core/{name}.pyx"],
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+    )
+    for name in MODULES
+    if os.path.exists(f"ext/presence_core/{name}.pyx")
+]
+
+setup(
+    ext_modules=cythonize(
+        extensions, build_dir=build_dir, include_path=["ext"], compiler_directives=DIRECTIVES, gdb_debug=False
+    )
+)

@@ -1,0 +1,1 @@
+"""A WebSocket presence gateway for online classrooms."""
