@@ -22,6 +22,13 @@ UNLIMITED_PER_S = 1e9
 class Echo:
     """Sends every message back; closes politely."""
 
+    def __init__(self, heartbeat: bool) -> None:
+        self.heartbeat = heartbeat
+
+    def on_open(self, connection: Connection) -> None:
+        if self.heartbeat:
+            connection.start_heartbeat()
+
     def on_message(self, connection: Connection, data: bytes, opcode: int) -> None:
         connection.send(encode_frame(opcode, data))
 
@@ -51,7 +58,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     rate = UNLIMITED_PER_S if arguments.no_limits else 10.0
     hub = Hub(
-        Echo(),
+        Echo(arguments.heartbeat),
         max_message_bytes=arguments.max_message_bytes,
         max_backlog_bytes=max(262_144, 4 * arguments.max_message_bytes),
         messages_per_s=rate,
@@ -61,13 +68,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     )
     loop.add_reader(hub.fileno(), hub.on_readable)
 
-    def accepted(request: picows.WSUpgradeRequest) -> Connection:
-        connection = Connection()
-        if arguments.heartbeat:
-            loop.call_soon(connection.start_heartbeat)
-        return connection
-
-    upgrade = Upgrade(hub, accepted, lambda error: logging.error("not adopted", exc_info=error))
+    upgrade = Upgrade(hub, lambda request: Connection(), lambda error: logging.error("not adopted", exc_info=error))
     listener = socket.create_server(("127.0.0.1", arguments.port), backlog=4096)
     server = await picows.ws_create_server(
         lambda request: upgrade,

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-cdef enum:
+cpdef enum:
     OPCODE_CONTINUATION = 0x0
     OPCODE_TEXT = 0x1
     OPCODE_BINARY = 0x2
@@ -29,13 +29,16 @@ cdef struct frame_event:
     uint8_t opcode          # TEXT, BINARY, CLOSE, PING or PONG (a message's first opcode)
     uint16_t close_code     # CLOSE: the peer's code, 1005 when it sent none; DECODE_ERROR: the code to close with
     uint32_t frames         # frame headers completed during this call, whatever it returned
-    const uint8_t *payload  # unmasked; CLOSE: the reason, without the code. Valid until the next decoder call or decoder_free
+    # Unmasked; CLOSE: the reason, without the code. Valid until the next decoder call or decoder_free.
+    const uint8_t *payload
     size_t size             # bytes
 
 cdef void decoder_init(frame_decoder *decoder) noexcept nogil
 cdef void decoder_free(frame_decoder *decoder) noexcept nogil
 cdef size_t decoder_memory(const frame_decoder *decoder) noexcept nogil
-cdef decode_status decoder_next(frame_decoder *decoder, size_t max_message_bytes, uint8_t *data, size_t size, size_t *used, frame_event *event) noexcept nogil
+cdef decode_status decoder_next(
+    frame_decoder *decoder, size_t max_message_bytes, uint8_t *data, size_t size, size_t *used, frame_event *event
+) noexcept nogil
 
 cdef size_t frame_write_header(uint8_t *out, uint8_t opcode, uint64_t payload_bytes) noexcept nogil
 cpdef bytes encode_frame(int opcode, payload)

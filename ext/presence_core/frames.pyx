@@ -10,51 +10,33 @@ never on how it was cut into pieces, and a peer learns of a bad or too long mess
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_AsUTF8AndSize
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-cdef enum:
-    CLOSE_PROTOCOL_ERROR = 1002
-    CLOSE_NO_STATUS = 1005
-    CLOSE_INVALID_DATA = 1007
-    CLOSE_MESSAGE_TOO_BIG = 1009
+from presence_core.frame_header cimport (
+    CLIENT_HEADER_MAX_BYTES,
+    CLOSE_INVALID_DATA,
+    CLOSE_NO_STATUS,
+    CLOSE_PROTOCOL_ERROR,
+    CONTROL_BIT,
+    FIN_BIT,
+    HEADER_DONE,
+    HEADER_MORE,
+    HEADER_NO_MEMORY,
+    LENGTH_16,
+    LENGTH_64,
+    frame_header,
+    header_bytes,
+    is_close_code,
+    parse_header,
+    read_length,
+)
+from presence_core.payload cimport is_utf8, unmask, utf8_feed, utf8_state
 
 cdef enum:
-    CLIENT_HEADER_MAX_BYTES = 14
     MESSAGE_MIN_BYTES = 256  # first allocation for a message whose length is not known yet
-    FIN_BIT = 0x80
-    RESERVED_BITS = 0x70
-    OPCODE_BITS = 0x0F
-    CONTROL_BIT = 0x08
-    MASK_BIT = 0x80
-    LENGTH_BITS = 0x7F
-    LENGTH_16 = 126
-    LENGTH_64 = 127
-
-cdef enum:  # outcomes of reading a header, beside the codes to close with
-    HEADER_MORE = 0
-    HEADER_DONE = 1
-    HEADER_NO_MEMORY = 2
-
-cdef extern from *:
-    """
-    #define HIGH_BITS UINT64_C(0x8080808080808080)
-    """
-    const uint64_t HIGH_BITS  # set in a byte that is not ASCII
-
-cdef struct frame_header:
-    uint8_t opcode
-    bint final              # of its message
-    uint8_t mask[4]
-    uint8_t size            # bytes of the header itself
-    uint64_t payload_bytes
-
-cdef struct utf8_state:
-    uint8_t missing  # continuation bytes of the character under way
-    uint8_t lower    # bounds of the next one
-    uint8_t upper
 
 cdef struct frame_partial:
     uint8_t *message        # payloads of the data frames so far, unmasked
@@ -69,172 +51,6 @@ cdef struct frame_partial:
     uint8_t kept            # bytes in `header`
     uint8_t header[CLIENT_HEADER_MAX_BYTES]
     uint8_t control[FRAME_CONTROL_MAX_BYTES]
-
-
-# Payload: masks and UTF-8.
-
-cdef void unmask(uint8_t *data, size_t size, const uint8_t *mask, uint64_t offset) noexcept nogil:
-    """XOR in place; `offset` is how much of the frame's payload went before."""
-    cdef uint8_t[8] key
-    cdef uint64_t key_word, word
-    cdef size_t i
-    cdef size_t words = size >> 3
-    for i in range(<size_t>8):
-        key[i] = mask[(offset + i) & 3]
-    memcpy(&key_word, key, 8)
-    for i in range(words):  # one pointer only, so that the compiler may use vectors
-        memcpy(&word, data + 8 * i, 8)
-        word ^= key_word
-        memcpy(data + 8 * i, &word, 8)
-    for i in range(8 * words, size):
-        data[i] ^= key[i & 7]
-
-
-cdef inline size_t skip_ascii(const uint8_t *data, size_t at, size_t size) noexcept nogil:
-    """Where the ASCII from `at` on may end; everything before is ASCII."""
-    cdef uint64_t word
-    while size - at >= 8:
-        memcpy(&word, data + at, 8)
-        if word & HIGH_BITS:
-            break
-        at += 8
-    return at
-
-
-cdef inline bint utf8_lead(utf8_state *state, uint8_t byte) noexcept nogil:
-    """Begin a character of several bytes: how many follow, and the bounds of the next (the Encoding Standard's table)."""
-    state.lower = 0x80
-    state.upper = 0xBF
-    if 0xC2 <= byte <= 0xDF:
-        state.missing = 1
-    elif 0xE0 <= byte <= 0xEF:
-        state.missing = 2
-        if byte == 0xE0:
-            state.lower = 0xA0  # shorter encodings exist
-        elif byte == 0xED:
-            state.upper = 0x9F  # surrogates
-    elif 0xF0 <= byte <= 0xF4:
-        state.missing = 3
-        if byte == 0xF0:
-            state.lower = 0x90
-        elif byte == 0xF4:
-            state.upper = 0x8F  # beyond U+10FFFF
-    else:
-        return False
-    return True
-
-
-cdef bint utf8_feed(utf8_state *kept, const uint8_t *data, size_t size) noexcept nogil:
-    """Whether the text is still a prefix of valid UTF-8; false at the first byte that settles it."""
-    cdef utf8_state state = kept[0]
-    cdef uint8_t byte
-    cdef size_t at = 0
-    while at < size:
-        if state.missing:
-            byte = data[at]
-            if byte < state.lower or byte > state.upper:
-                return False
-            state.lower = 0x80
-            state.upper = 0xBF
-            state.missing -= 1
-        else:
-            at = skip_ascii(data, at, size)
-            if at == size:
-                break
-            byte = data[at]
-            if byte >= 0x80 and not utf8_lead(&state, byte):
-                return False
-        at += 1
-    kept[0] = state
-    return True
-
-
-cdef inline bint is_utf8(const uint8_t *data, size_t size) noexcept nogil:
-    cdef utf8_state state
-    state.missing = 0
-    state.lower = 0
-    state.upper = 0
-    return utf8_feed(&state, data, size) and state.missing == 0
-
-
-# Headers.
-
-cdef inline bint is_close_code(unsigned int code) noexcept nogil:
-    """Whether an endpoint may send it: RFC 6455 section 7.4 and IANA's registry; 1004 to 1006 and 1015 never travel."""
-    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
-
-
-cdef inline size_t header_bytes(const uint8_t *data, size_t size) noexcept nogil:
-    """Bytes of the header, as far as `size` bytes of it tell."""
-    if size < 2:
-        return 2
-    cdef unsigned int length = data[1] & LENGTH_BITS
-    return 14 if length == LENGTH_64 else 8 if length == LENGTH_16 else 6
-
-
-cdef inline bint is_first_byte_valid(uint8_t byte, uint8_t message_opcode) noexcept nogil:
-    cdef uint8_t opcode = byte & OPCODE_BITS
-    if byte & RESERVED_BITS:
-        return False
-    if opcode & CONTROL_BIT:
-        return opcode <= OPCODE_PONG and (byte & FIN_BIT) != 0
-    if opcode == OPCODE_CONTINUATION:
-        return message_opcode != OPCODE_CONTINUATION
-    return opcode <= OPCODE_BINARY and message_opcode == OPCODE_CONTINUATION
-
-
-cdef inline bint is_second_byte_valid(uint8_t byte, uint8_t opcode) noexcept nogil:
-    cdef uint8_t length = byte & LENGTH_BITS
-    if not byte & MASK_BIT:
-        return False
-    if opcode & CONTROL_BIT and length > FRAME_CONTROL_MAX_BYTES:
-        return False
-    return not (opcode == OPCODE_CLOSE and length == 1)
-
-
-cdef inline uint64_t read_length(const uint8_t *data, unsigned int count) noexcept nogil:
-    cdef uint64_t length = 0
-    cdef unsigned int i
-    for i in range(count):
-        length = length << 8 | data[i]
-    return length
-
-
-cdef int parse_header(
-    const uint8_t *data, size_t size, const frame_partial *partial, size_t max_message_bytes, frame_header *frame
-) noexcept nogil:
-    """HEADER_DONE and the header, HEADER_MORE, or the code to close with: for the first byte that is wrong."""
-    cdef uint8_t message_opcode = OPCODE_CONTINUATION if partial == NULL else partial.message_opcode
-    cdef size_t message_bytes = 0 if partial == NULL else partial.message_bytes
-    cdef size_t needed = header_bytes(data, size)
-    if size >= 1 and not is_first_byte_valid(data[0], message_opcode):
-        return CLOSE_PROTOCOL_ERROR
-    if size < 2:
-        return HEADER_MORE
-    frame.opcode = data[0] & OPCODE_BITS
-    frame.final = (data[0] & FIN_BIT) != 0
-    if not is_second_byte_valid(data[1], frame.opcode):
-        return CLOSE_PROTOCOL_ERROR
-    if size < needed - 4:
-        return HEADER_MORE
-    frame.payload_bytes = data[1] & LENGTH_BITS
-    if frame.payload_bytes == LENGTH_16:
-        frame.payload_bytes = read_length(data + 2, 2)
-        if frame.payload_bytes < LENGTH_16:
-            return CLOSE_PROTOCOL_ERROR  # a shorter encoding exists
-    elif frame.payload_bytes == LENGTH_64:
-        frame.payload_bytes = read_length(data + 2, 8)
-        if frame.payload_bytes >> 16 == 0 or frame.payload_bytes >> 63 != 0:
-            return CLOSE_PROTOCOL_ERROR
-    if not frame.opcode & CONTROL_BIT and (
-        message_bytes > max_message_bytes or frame.payload_bytes > max_message_bytes - message_bytes
-    ):
-        return CLOSE_MESSAGE_TOO_BIG
-    if size < needed:
-        return HEADER_MORE
-    memcpy(frame.mask, data + needed - 4, 4)
-    frame.size = <uint8_t>needed
-    return HEADER_DONE
 
 
 # Memory: a partial exists only between the first byte of a frame and the last byte of its message.
@@ -296,7 +112,9 @@ cdef inline decode_status fail(frame_event *event, unsigned int close_code) noex
     return DECODE_ERROR
 
 
-cdef decode_status complete_control(frame_event *event, uint8_t opcode, const uint8_t *payload, size_t size) noexcept nogil:
+cdef decode_status complete_control(
+    frame_event *event, uint8_t opcode, const uint8_t *payload, size_t size
+) noexcept nogil:
     event.opcode = opcode
     event.payload = payload
     event.size = size
@@ -318,7 +136,7 @@ cdef decode_status complete_control(frame_event *event, uint8_t opcode, const ui
 cdef decode_status take_whole(
     frame_decoder *decoder, const frame_header *frame, uint8_t *payload, frame_event *event
 ) noexcept nogil:
-    """A control frame or a message of one frame that lies in the input as a whole: unmasked there, nothing is copied."""
+    """A control frame or a message of one frame, whole in the input: unmasked there, nothing is copied."""
     cdef size_t size = <size_t>frame.payload_bytes
     unmask(payload, size, frame.mask, 0)
     if decoder.partial != NULL:
@@ -336,15 +154,28 @@ cdef decode_status take_whole(
     return DECODE_EVENT
 
 
+cdef inline int parse_next(
+    const frame_partial *partial, const uint8_t *data, size_t size, size_t max_message_bytes, frame_header *frame
+) noexcept nogil:
+    if partial == NULL:
+        return parse_header(data, size, OPCODE_CONTINUATION, 0, max_message_bytes, frame)
+    return parse_header(data, size, partial.message_opcode, partial.message_bytes, max_message_bytes, frame)
+
+
 cdef int read_header(
-    frame_decoder *decoder, size_t max_message_bytes, const uint8_t *data, size_t size, size_t *used, frame_header *frame
+    frame_decoder *decoder,
+    size_t max_message_bytes,
+    const uint8_t *data,
+    size_t size,
+    size_t *used,
+    frame_header *frame,
 ) noexcept nogil:
     """As parse_header(), or HEADER_NO_MEMORY: keeps what there is of an incomplete header."""
     cdef frame_partial *partial = decoder.partial
     cdef int outcome
     cdef size_t more
     if partial == NULL or partial.kept == 0:
-        outcome = parse_header(data + used[0], size - used[0], partial, max_message_bytes, frame)
+        outcome = parse_next(partial, data + used[0], size - used[0], max_message_bytes, frame)
         if outcome == HEADER_DONE:
             used[0] += frame.size
         if outcome != HEADER_MORE or used[0] == size:
@@ -359,7 +190,7 @@ cdef int read_header(
         memcpy(partial.header + partial.kept, data + used[0], more)
         partial.kept += <uint8_t>more
         used[0] += more
-        outcome = parse_header(partial.header, partial.kept, partial, max_message_bytes, frame)
+        outcome = parse_next(partial, partial.header, partial.kept, max_message_bytes, frame)
         if outcome != HEADER_MORE:
             return outcome
     return HEADER_MORE
@@ -521,7 +352,7 @@ cpdef bytes encode_close(int code, bytes reason=b""):
     cdef uint8_t[FRAME_CONTROL_MAX_BYTES] payload
     cdef Py_ssize_t size = len(reason)
     if code == CLOSE_NO_STATUS and size == 0:
-        return build_frame(OPCODE_CLOSE, payload, 0)
+        return encode_frame(OPCODE_CLOSE, reason)
     if code < 0 or not is_close_code(<unsigned int>code):
         raise ValueError(f"close code {code} must not be sent")
     if size > FRAME_CONTROL_MAX_BYTES - 2:
@@ -608,14 +439,14 @@ def bench_decode(bytes frame not None, size_t rounds):
     cdef uint8_t *scratch = <uint8_t *>malloc(size if size else 1)
     cdef frame_decoder decoder
     cdef frame_event event
-    cdef size_t used, i
+    cdef size_t used, _
     cdef size_t decoded = 0
     cdef uint64_t begun_ns
     if scratch == NULL:
         raise MemoryError
     decoder_init(&decoder)
     begun_ns = clock_ns()
-    for i in range(rounds):
+    for _ in range(rounds):
         memcpy(scratch, PyBytes_AS_STRING(frame), size)  # decoding unmasks in place
         decoded += decoder_next(&decoder, size, scratch, size, &used, &event) == DECODE_EVENT
     begun_ns = clock_ns() - begun_ns
@@ -628,7 +459,7 @@ def bench_decode(bytes frame not None, size_t rounds):
 
 def bench_encode(int opcode, bytes payload not None, size_t rounds):
     cdef uint64_t begun_ns = clock_ns()
-    cdef size_t i
-    for i in range(rounds):
+    cdef size_t _
+    for _ in range(rounds):
         encode_frame(opcode, payload)
     return (clock_ns() - begun_ns) / <double>rounds

@@ -492,6 +492,10 @@ cdef class Hub:
         c.message_tokens = self.message_burst
         c.ping_tokens = self.ping_burst
         c.bucket_ms = <uint32_t> (monotonic_ns() // NS_PER_MS)
+        try:
+            self.handler.on_open(c)
+        except Exception as error:
+            self.failed(c, error)
         if head:
             self.adopt_head(c, head)
 

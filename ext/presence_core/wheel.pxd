@@ -17,7 +17,7 @@ cdef struct wheel:
     uint64_t now                                  # tick up to which the wheel has been advanced
     uint64_t count                                # entries started
     uint64_t occupied[WHEEL_LEVELS]               # bit i: slot i of that level is not empty
-    wheel_entry slots[WHEEL_LEVELS * WHEEL_SLOTS] # list heads
+    wheel_entry slots[WHEEL_LEVELS * WHEEL_SLOTS]  # list heads
     wheel_entry due                               # list head: expired and not yet popped
 
 cdef extern from *:

@@ -5,8 +5,8 @@ from collections.abc import Hashable
 class TimerWheel:
     """A timing wheel that owns its entries, one for each key. Ticks are 0 to 2**64 - 1 and have no unit of their own.
 
-    A deadline costs O(1) to start, stop, restart and expire; one further away than 64**5 ticks is looked at once more in
-    each such turn. Not thread-safe.
+    A deadline costs O(1) to start, stop, restart and expire; one further away than 64**5 ticks is looked at once more
+    in each such turn. Not thread-safe.
     """
 
     def __new__(cls, now: int = 0) -> TimerWheel: ...
@@ -20,7 +20,7 @@ class TimerWheel:
         """Advance towards `now` and take one expired key; LookupError when there is none."""
 
     def advance(self, now: int) -> list[Hashable]:
-        """Advance to `now` and take all that expired, in order of deadline. An earlier `now` does not turn time back."""
+        """Advance to `now` and take all that expired, in order of deadline. An earlier `now` changes nothing."""
 
     def next_expiry(self) -> int | None:
         """The tick to advance to next: never later than the earliest deadline; None when nothing is started."""

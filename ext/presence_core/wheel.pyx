@@ -1,11 +1,12 @@
 """A hierarchical timing wheel: deadlines in ticks, O(1) start, stop and restart, no allocation.
 
-It owns the lists that link entries to slots. It knows no clock (`now` is passed in), no unit (a tick is what its caller
-says), and nothing of what an entry stands for: entries are embedded in their owners' structs and never move while started.
+It owns the lists that link entries to slots. It knows no clock (`now` is passed in), no unit (a tick is what its
+caller says), and nothing of what an entry stands for: entries are embedded in their owners' structs and never move
+while started.
 
-A deadline is filed by the highest bit in which it differs from `now` (G. Varghese and A. Lauck, 1987, scheme 6; the same
-arithmetic as tokio's wheel). Hence every entry of a level expires before every entry of the level above, slots within a
-level never wrap below the last one, and the next occupied slot is one count-trailing-zeros away.
+A deadline is filed by the highest bit in which it differs from `now` (G. Varghese and A. Lauck, 1987, scheme 6; the
+same arithmetic as tokio's wheel). Hence every entry of a level expires before every entry of the level above, slots
+within a level never wrap below the last one, and the next occupied slot is one count-trailing-zeros away.
 """
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
@@ -26,7 +27,7 @@ cdef enum:  # literals: Cython's overflow checks cannot compile arithmetic here
 # Slot arithmetic: pure, each tested exhaustively around the level boundaries.
 
 cdef inline unsigned int level_of(uint64_t now, uint64_t deadline) noexcept nogil:
-    """The level for a deadline > now: where the highest differing bit lies; all that is beyond shares the last level."""
+    """The level for a deadline > now, by the highest differing bit; all that is beyond shares the last level."""
     cdef unsigned int level = <unsigned int>(63 - count_leading_zeros(now ^ deadline)) // SLOT_BITS
     return level if level < LAST_LEVEL else LAST_LEVEL
 
@@ -169,9 +170,9 @@ cdef void wheel_stop(wheel *w, wheel_entry *entry) noexcept nogil:
 cdef wheel_entry *wheel_pop(wheel *w, uint64_t now) noexcept nogil:
     """Advance up to `now` and return one expired entry, stopped; NULL when there is none left.
 
-    Slots come in order of their tick and w.now stands at the one being emptied, so that whatever is started between two
-    pops still expires in order. A `now` before w.now changes nothing. Cost: O(1) for each entry and level it passes,
-    O(levels) for any empty stretch; a deadline beyond 64**WHEEL_LEVELS ticks is looked at once more in each such turn.
+    Slots come in order of their tick and w.now stands at the one being emptied, so that whatever is started between
+    two pops still expires in order. A `now` before w.now changes nothing. Cost: O(1) for each entry and level it
+    passes, O(levels) for any empty stretch; a deadline beyond 64**WHEEL_LEVELS ticks is looked at once a turn.
     """
     cdef wheel_entry *entry
     cdef int level
@@ -197,7 +198,7 @@ cdef wheel_entry *wheel_pop(wheel *w, uint64_t now) noexcept nogil:
 
 
 cdef uint64_t wheel_next(const wheel *w) noexcept nogil:
-    """The tick to call wheel_pop() at: never later than the earliest deadline, at most one call early for each level."""
+    """The tick to call wheel_pop() at: never after the earliest deadline, at most one call early for each level."""
     cdef int level
     if w.due.next != &w.due:
         return w.now
@@ -209,15 +210,15 @@ cdef uint64_t wheel_next(const wheel *w) noexcept nogil:
 
 # The Python seam, for tests and benchmarks: the hub uses the functions above.
 
-cdef class KeyedEntry
+cdef class _KeyedEntry
 
 
 cdef struct owned_entry:
     wheel_entry entry  # first, so that its address is the struct's
-    void *owner        # borrowed: the KeyedEntry that embeds this
+    void *owner        # borrowed: the _KeyedEntry that embeds this
 
 
-cdef class KeyedEntry:
+cdef class _KeyedEntry:
     cdef owned_entry link
     cdef object key
 
@@ -229,21 +230,21 @@ cdef class KeyedEntry:
 
 cdef class TimerWheel:
     cdef wheel wheel
-    cdef dict entries  # key -> KeyedEntry; it keeps alive whatever the wheel links to
+    cdef dict entries  # key -> _KeyedEntry; it keeps alive whatever the wheel links to
 
     def __cinit__(self, uint64_t now=0):
         wheel_init(&self.wheel, now)
         self.entries = {}
 
     def start(self, key, uint64_t deadline):
-        cdef KeyedEntry entry = self.entries.get(key)
+        cdef _KeyedEntry entry = self.entries.get(key)
         if entry is None:
-            entry = KeyedEntry(key)
+            entry = _KeyedEntry(key)
             self.entries[key] = entry
         wheel_start(&self.wheel, &entry.link.entry, deadline)
 
     def stop(self, key):
-        cdef KeyedEntry entry = self.entries.pop(key, None)
+        cdef _KeyedEntry entry = self.entries.pop(key, None)
         if entry is None:
             return False
         wheel_stop(&self.wheel, &entry.link.entry)
@@ -251,19 +252,19 @@ cdef class TimerWheel:
 
     def pop(self, uint64_t now):
         cdef wheel_entry *popped = wheel_pop(&self.wheel, now)
-        cdef KeyedEntry entry
+        cdef _KeyedEntry entry
         if popped == NULL:
             raise LookupError("nothing has expired")
-        entry = <KeyedEntry>(<owned_entry *>popped).owner
+        entry = <_KeyedEntry>(<owned_entry *>popped).owner
         del self.entries[entry.key]
         return entry.key
 
     def advance(self, uint64_t now):
         cdef list expired = []
         cdef wheel_entry *popped = wheel_pop(&self.wheel, now)
-        cdef KeyedEntry entry
+        cdef _KeyedEntry entry
         while popped != NULL:
-            entry = <KeyedEntry>(<owned_entry *>popped).owner
+            entry = <_KeyedEntry>(<owned_entry *>popped).owner
             del self.entries[entry.key]
             expired.append(entry.key)
             popped = wheel_pop(&self.wheel, now)
@@ -322,7 +323,7 @@ cdef inline uint64_t random_deadline(const wheel *w, uint64_t *state) noexcept n
     return w.now + 1 + next_random(state) % BENCH_SPREAD_TICKS
 
 
-cdef class Population:
+cdef class _Population:
     """A wheel with that many entries started, and BENCH_BATCH stopped ones behind them."""
     cdef wheel wheel
     cdef wheel_entry *entries
@@ -353,13 +354,13 @@ cdef class Population:
 
 
 cdef tuple start_and_stop_ns(size_t population, size_t rounds):
-    cdef Population p = Population(population)
+    cdef _Population p = _Population(population)
     cdef wheel_entry *extra = p.entries + population
     cdef uint64_t started_ns = 0, stopped_ns = 0, at_ns
     cdef uint64_t[BENCH_BATCH] deadlines
-    cdef size_t i
+    cdef size_t _
     cdef int j
-    for i in range(rounds):
+    for _ in range(rounds):
         for j in range(BENCH_BATCH):
             deadlines[j] = random_deadline(&p.wheel, &p.random)
         at_ns = clock_ns()
@@ -382,13 +383,13 @@ def bench_stop(size_t population, size_t rounds):
 
 
 def bench_restart(size_t population, size_t rounds):
-    cdef Population p = Population(population)
+    cdef _Population p = _Population(population)
     cdef uint64_t total_ns = 0, at_ns
     cdef uint64_t[BENCH_BATCH] deadlines
     cdef size_t[BENCH_BATCH] chosen
-    cdef size_t i
+    cdef size_t _
     cdef int j
-    for i in range(rounds):
+    for _ in range(rounds):
         for j in range(BENCH_BATCH):
             deadlines[j] = random_deadline(&p.wheel, &p.random)
             chosen[j] = next_random(&p.random) % population
@@ -400,10 +401,10 @@ def bench_restart(size_t population, size_t rounds):
 
 
 def bench_expire(size_t population, size_t rounds):
-    cdef Population p = Population(population)
+    cdef _Population p = _Population(population)
     cdef uint64_t total_ns = 0, at_ns, tick
-    cdef size_t i
-    for i in range(rounds):
+    cdef size_t _
+    for _ in range(rounds):
         at_ns = clock_ns()
         tick = wheel_next(&p.wheel)
         while tick != WHEEL_NEVER:

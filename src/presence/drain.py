@@ -1,0 +1,81 @@
+"""The shutdown sequence: not ready, no new upgrades, `terminated` to everyone, time to move, close, write, done.
+
+Owns the order and its time limits. Knows nothing of how any of the steps is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Final
+
+from presence_core.hub import Hub
+
+from presence import reasons
+from presence.log import get
+
+if TYPE_CHECKING:
+    from presence.bus import Bus
+    from presence.config import Settings
+    from presence.connection import Agent, Lives
+    from presence.gateway import Gateway
+    from presence.steps import Steps
+    from presence.store import Store
+
+log = get("drain")
+
+AGENTS_PER_TURN: Final = 200  # told or closed before the loop has its turn again: about a millisecond
+POLL_S: Final = 0.02
+CLOSE_HANDSHAKE_S: Final = 0.2  # for the last agents to answer the close frame
+WRITE_TIMEOUT_S: Final = 20.0  # for rows and leaves when the database or NATS is slow: past it they are given up, loudly
+
+
+class Drain:
+    def __init__(
+        self, settings: Settings, hub: Hub, gateway: Gateway, lives: Lives, steps: Steps, store: Store, bus: Bus
+    ) -> None:
+        self._timeout_s = settings.drain_timeout_s
+        self._hub = hub
+        self._gateway = gateway
+        self._lives = lives
+        self._steps = steps
+        self._store = store
+        self._bus = bus
+
+    async def run(self) -> bool:
+        """Returns whether everything that was queued has been written and published."""
+        started = time.monotonic()
+        self._gateway.draining = True
+        self._lives.draining = True
+        await self._each(self._hub.members(), self._lives.tell_terminated)
+        log.info("drain_started", agents=len(self._hub), told_s=round(time.monotonic() - started, 3))
+        await self._until_empty(started + self._timeout_s)
+        remaining = len(self._hub)
+        await self._each(self._hub.members(), lambda agent: self._lives.end(agent, reasons.TERMINATED))
+        written = await self._write()
+        await self._until_empty(time.monotonic() + CLOSE_HANDSHAKE_S)
+        log.info("drain_finished", closed=remaining, written=written, took_s=round(time.monotonic() - started, 3))
+        return written
+
+    async def _each(self, agents: Iterable[Agent], step: Callable[[Agent], None]) -> None:
+        for number, agent in enumerate(agents, 1):
+            step(agent)
+            if number % AGENTS_PER_TURN == 0:
+                await asyncio.sleep(0)
+
+    async def _until_empty(self, deadline: float) -> None:
+        while len(self._hub) and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_S)
+
+    async def _write(self) -> bool:
+        """Rows to history and leaves to NATS."""
+        try:
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                await self._steps.settled()
+                await self._store.flush()
+                await self._bus.flush()
+        except Exception as error:
+            log.error("drain_incomplete", error=repr(error), under_way=len(self._steps))
+            return False
+        return True

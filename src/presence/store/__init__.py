@@ -1,0 +1,15 @@
+"""Sessions and replicas in PostgreSQL: every statement, batched; every caller with its own answer or its own error.
+
+Owns the connections, the statements, and the closes that wait through an outage. Knows nothing of sockets, NATS or HTTP.
+
+    store      what the rest of the program calls
+    opening    new, kept and taken-over sessions          closing   sessions to history, fenced
+    sql        the statements                             database  connections and what their errors mean
+    batch      whatever arrives while a batch is under way forms the next
+"""
+
+from presence.store.closing import ClosedSession
+from presence.store.opening import OpenedSession
+from presence.store.store import SessionRow, Store
+
+__all__ = ["ClosedSession", "OpenedSession", "SessionRow", "Store"]

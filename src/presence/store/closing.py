@@ -1,0 +1,227 @@
+"""How sessions close: in batches, fenced, told to the others before they are history, and never lost while the process lives.
+
+Owns the closes that wait, in bounded memory, and tries until the database has taken them. Knows nothing of who is told.
+
+One transaction per batch: rows that this replica still owns are moved (and locked), then `on_owned` is told of them, then
+COMMIT. Nobody can see a row in history whose leave has not been published. When the COMMIT fails the batch is tried again,
+but `on_owned` is told once of each row; the row may then turn out to belong to another replica, and the leave was too much.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+from uuid import UUID
+
+import asyncpg
+
+from presence import reasons
+from presence.errors import SessionError, Unavailable
+from presence.log import get
+from presence.metrics import Metrics
+from presence.store import sql
+from presence.store.batch import Batcher, run_in_parts
+from presence.store.database import Away, BadRow, Database, TryAgain, backoff_delays_s
+
+log = get("store")
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedSession:
+    """A session that this replica owned and has ended."""
+
+    session_id: int
+    agent_id: str
+    classroom_id: UUID
+    started_at: datetime
+    ended_at: datetime
+    reason: str
+
+
+OnOwned = Callable[[Sequence[ClosedSession]], None]
+
+
+class Close:
+    """One session that is to be moved to history."""
+
+    __slots__ = ("answer", "ended_at", "followers", "is_secret", "key", "reason", "was_told")
+
+    is_wanted: Final = True
+
+    def __init__(self, session_id: int, reason: str, ended_at: datetime, is_secret: bool) -> None:
+        self.key = session_id
+        self.reason = reason
+        self.ended_at = ended_at
+        # Nobody was told that it opened: nobody is told that it closes.
+        self.is_secret = is_secret
+        # An earlier attempt found the row ours and came as far as the COMMIT.
+        self.was_told = False
+        self.answer: asyncio.Future[bool] | None = None
+        self.followers: list[Callable[[], None]] | None = None
+
+
+class Closings:
+    def __init__(
+        self,
+        database: Database,
+        replica_id: UUID,
+        on_owned: OnOwned,
+        metrics: Metrics,
+        *,
+        max_waiting: int,
+    ) -> None:
+        self._database = database
+        self._replica_id = replica_id
+        self._on_owned = on_owned
+        self._metrics = metrics
+        metrics.store_queued_closes.set_function(lambda: len(self._waiting))
+        self._max_waiting = max_waiting
+        self._lane = database.lane()
+        self._waiting: dict[int, Close] = {}
+        self._batches: Batcher[Close] = Batcher(self._close_batch, self._on_failed)
+        self._emptied: asyncio.Future[None] | None = None
+
+    def __len__(self) -> int:
+        """How many closes are not written yet."""
+        return len(self._waiting)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._waiting) >= self._max_waiting
+
+    def add(self, session_id: int, reason: str, ended_at: datetime, *, is_secret: bool = False) -> Close | None:
+        """Queue a close; None when the same session is being closed already. Raises Unavailable at the bound."""
+        if session_id in self._waiting:
+            return None
+        if self.is_full:
+            self._metrics.store_errors.labels("close_dropped").inc()
+            log.error("close_dropped", limited=True, waiting=len(self._waiting))
+            raise Unavailable("Too many sessions wait to be closed")
+        close = Close(session_id, reason, ended_at, is_secret)
+        self._waiting[session_id] = close
+        self._batches.add(close)
+        return close
+
+    async def close_session(self, session_id: int, reason: str, ended_at: datetime) -> bool:
+        """Return when it is written: True if the row was this replica's. A cancelled caller does not stop it."""
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        close = self.add(session_id, reason, ended_at)
+        if close is None:
+            self.call_after(session_id, lambda: None if answer.done() else answer.set_result(False))
+        else:
+            close.answer = answer
+        return await answer
+
+    def call_after(self, session_id: int, follower: Callable[[], None]) -> bool:
+        """Call it when the close of this session is done with; False, and no call, when none is queued."""
+        close = self._waiting.get(session_id)
+        if close is None:
+            return False
+        if close.followers is None:
+            close.followers = []
+        close.followers.append(follower)
+        return True
+
+    async def emptied(self) -> None:
+        """Return when every close that was queued is written."""
+        while self._waiting:
+            if self._emptied is None:
+                self._emptied = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._emptied)
+
+    async def close(self) -> None:
+        """Stop at once; what is not written yet fails."""
+        await self._batches.close()
+
+    # --- one batch
+
+    async def _close_batch(self, batch: list[Close]) -> None:
+        """Write the batch, however long the database stays away; closes that come meanwhile wait behind it."""
+        left = batch
+        delays = backoff_delays_s()
+        while left:
+            put_off: list[Close] = []
+
+            async def run(part: list[Close], put_off: list[Close] = put_off) -> None:
+                try:
+                    await self._close_part(part)
+                except (Away, TryAgain) as error:
+                    self._metrics.store_errors.labels("close").inc()
+                    put_off += part
+                    if isinstance(error, Away):
+                        self._database.report_away(error)
+
+            await run_in_parts(left, run, BadRow, self._fail)
+            left = put_off
+            if left:
+                await asyncio.sleep(next(delays))
+
+    async def _close_part(self, part: list[Close]) -> None:
+        started = time.perf_counter()
+        ids, ends, whys = [c.key for c in part], [c.ended_at for c in part], [c.reason for c in part]
+        async with self._lane.session() as connection:
+            await connection.execute(sql.BEGIN_CLOSE)
+            rows = await connection.fetch(sql.CLOSE, self._replica_id, ids, ends, whys)
+            moved = {row[0] for row in rows}
+            if any(c.was_told and c.key not in moved for c in part):
+                # The COMMIT of an earlier attempt may have succeeded after all.
+                moved.update(row[0] for row in await connection.fetch(sql.FIND_MOVED, ids, ends, whys))
+            self._tell(part, rows)
+            status = await connection.execute("COMMIT")
+            if status != "COMMIT":
+                raise TryAgain(status)
+        self._metrics.store_batch_rows.labels("close").observe(len(part))
+        self._metrics.store_batch_seconds.labels("close").observe(time.perf_counter() - started)
+        for close in part:
+            self._settle(close, close.key in moved)
+
+    def _tell(self, part: list[Close], rows: list[asyncpg.Record]) -> None:
+        by_id = {close.key: close for close in part}
+        told = []
+        for session_id, agent_id, classroom_id, started_at in rows:
+            close = by_id[session_id]
+            if not close.was_told:
+                close.was_told = True
+                if not close.is_secret:
+                    ended_at = max(started_at, close.ended_at)
+                    told.append(ClosedSession(session_id, agent_id, classroom_id, started_at, ended_at, close.reason))
+        if told:
+            try:
+                self._on_owned(told)
+            except Exception as error:
+                # The rows are true all the same: a fault over there must not keep them from history.
+                log.exception("on_owned_failed", limited=True, error=repr(error))
+
+    # --- answers
+
+    def _settle(self, close: Close, was_moved: bool) -> None:
+        if close.answer is not None and not close.answer.done():
+            close.answer.set_result(was_moved)
+        self._forget(close)
+
+    def _fail(self, close: Close, error: Exception) -> None:
+        if close.answer is not None and not close.answer.done():
+            failure = SessionError(reasons.INTERNAL_ERROR) if isinstance(error, BadRow) else Unavailable()
+            failure.__cause__ = error
+            close.answer.set_exception(failure)
+        else:
+            log.error("close_failed", limited=True, error=repr(error))
+        self._forget(close)
+
+    def _forget(self, close: Close) -> None:
+        self._waiting.pop(close.key, None)
+        for follower in close.followers or ():
+            follower()
+        if not self._waiting and self._emptied is not None:
+            self._emptied.set_result(None)
+            self._emptied = None
+
+    def _on_failed(self, batch: list[Close], error: Exception) -> None:
+        log.error("close_batch_failed", limited=True, error=repr(error), exc_info=error)
+        for close in batch:
+            if close.key in self._waiting:
+                self._fail(close, error)

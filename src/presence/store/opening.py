@@ -1,0 +1,287 @@
+"""How sessions open: in batches, each caller with its own answer, and nothing left behind by those who did not stay.
+
+Owns the requests that wait, and the rows that an attempt of unknown end may have left. Knows nothing of who asks.
+
+A request goes to OPEN, which makes new rows; those that have a row already go on to TAKE_OVER, on a connection of its own,
+so that rows locked elsewhere delay no new ones. An attempt is known by its `started_at`: a row of ours that carries it was
+made by that attempt, whatever became of the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final, Literal
+from uuid import UUID
+
+import asyncpg
+
+from presence import reasons
+from presence.errors import SessionError, Unavailable
+from presence.log import get
+from presence.metrics import Metrics
+from presence.store import sql
+from presence.store.batch import Batcher, run_in_parts
+from presence.store.closing import Closings
+from presence.store.database import Away, BadRow, Database, Lane, TryAgain, backoff_delays_s
+
+log = get("store")
+
+Outcome = Literal["created", "kept", "taken_over"]
+Key = tuple[UUID, str]
+
+# How often one request may find its row gone or give way to others before it fails.
+MAX_ROUNDS: Final = 10
+MAX_CONFLICTS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSession:
+    """The row that an agent has now. `kept`: it had one on this replica already; `taken_over`: on another one."""
+
+    session_id: int
+    started_at: datetime
+    outcome: Outcome
+
+
+class Request:
+    """One agent that wants its session."""
+
+    __slots__ = ("answer", "key", "may_have_made", "rounds", "started_at")
+
+    def __init__(self, key: Key, started_at: datetime, answer: asyncio.Future[OpenedSession]) -> None:
+        self.key = key
+        self.started_at = started_at
+        self.answer = answer
+        # The outcome to report should a row with our `started_at` be found: an attempt ended without an answer.
+        self.may_have_made: Outcome | None = None
+        self.rounds = 0
+
+    @property
+    def is_wanted(self) -> bool:
+        return not self.answer.done() or self.may_have_made is not None
+
+
+@dataclass(frozen=True, slots=True)
+class LeftBehind:
+    """A row that may exist, of an attempt whose caller has been refused."""
+
+    key: Key
+    started_at: datetime
+    outcome: Outcome
+    is_wanted: bool = True
+
+
+class Openings:
+    def __init__(
+        self,
+        database: Database,
+        replica_id: UUID,
+        closings: Closings,
+        metrics: Metrics,
+        *,
+        max_waiting: int,
+    ) -> None:
+        self._database = database
+        self._replica_id = replica_id
+        self._closings = closings
+        self._metrics = metrics
+        self._max_waiting = max_waiting
+        self._open_lane = database.lane()
+        self._take_over_lane = database.lane()
+        self._new: Batcher[Request] = Batcher(self._open_batch, self._on_failed)
+        self._existing: Batcher[Request] = Batcher(self._take_over_batch, self._on_failed)
+        self._left_behind: dict[tuple[Key, datetime], LeftBehind] = {}
+        self._searches: Batcher[LeftBehind] = Batcher(self._search_batch, self._on_search_failed)
+
+    async def found(self) -> None:
+        """Return when no row of an attempt without an answer is looked for any more."""
+        await self._searches.idle()
+
+    async def open(self, agent_id: str, classroom_id: UUID) -> OpenedSession:
+        """Raises Unavailable when it cannot be done now. A cancelled caller leaves no row behind."""
+        if not self._database.is_healthy:
+            raise Unavailable("The database is away")
+        if len(self._new) + len(self._existing) + len(self._left_behind) >= self._max_waiting:
+            raise Unavailable("Too many sessions are being opened")
+        answer: asyncio.Future[OpenedSession] = asyncio.get_running_loop().create_future()
+        request = Request((classroom_id, agent_id), datetime.now(UTC), answer)
+        self._new.add(request)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            # The answer may be there already, and then nobody else will see it.
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                self._abandon(answer.result())
+            raise
+
+    async def close(self) -> None:
+        """Stop at once; who still waits gets Unavailable."""
+        for batcher in (self._new, self._existing, self._searches):
+            await batcher.close()
+
+    # --- the two steps
+
+    async def _open_batch(self, batch: list[Request]) -> None:
+        await run_in_parts(batch, self._open_part, BadRow, self._fail)
+
+    async def _open_part(self, part: list[Request]) -> None:
+        rows = await self._attempt(self._open_lane, sql.OPEN, part, "created")
+        if rows is None:
+            return
+        by_key = {(row[1], row[2]): row[0] for row in rows}
+        for request in part:
+            session_id = by_key.get(request.key)
+            if session_id is None:
+                self._existing.add(request)
+            else:
+                self._settle(request, OpenedSession(session_id, request.started_at, "created"))
+
+    async def _take_over_batch(self, batch: list[Request]) -> None:
+        await run_in_parts(batch, self._take_over_part, BadRow, self._fail)
+
+    async def _take_over_part(self, part: list[Request]) -> None:
+        rows = await self._attempt(self._take_over_lane, sql.TAKE_OVER, part, "taken_over", reasons.REPLACED.type)
+        if rows is None:
+            return
+        by_key = {(row[1], row[2]): row for row in rows}
+        for request in part:
+            row = by_key.get(request.key)
+            if row is None:
+                self._go_round(request)
+            elif row[4]:
+                self._settle(request, OpenedSession(row[0], row[3], "taken_over"))
+            else:
+                self._settle_own(request, row[0], row[3])
+
+    def _settle_own(self, request: Request, session_id: int, started_at: datetime) -> None:
+        """The row found is this replica's already."""
+        if started_at == request.started_at:
+            # An earlier attempt of this very request has made it, and its answer was lost.
+            self._settle(request, OpenedSession(session_id, started_at, request.may_have_made or "created"))
+            return
+        if self._closings.call_after(session_id, lambda: self._go_round(request)):
+            return
+        left_behind = self._left_behind.pop((request.key, started_at), None)
+        if left_behind is not None:
+            # Nobody was ever told of this one: it is as new.
+            self._settle(request, OpenedSession(session_id, started_at, left_behind.outcome))
+            return
+        self._settle(request, OpenedSession(session_id, started_at, "kept"))
+
+    def _go_round(self, request: Request) -> None:
+        """The row that was in the way is gone: try to make a new one."""
+        request.rounds += 1
+        if request.rounds < MAX_ROUNDS:
+            self._new.add(request)
+        else:
+            self._fail(request, TryAgain("the row changed hands too often"))
+
+    async def _attempt(
+        self, lane: Lane, statement: str, part: list[Request], outcome: Outcome, *more: object
+    ) -> list[asyncpg.Record] | None:
+        """Run the statement, a second time when the connection was lost; None: all have been refused."""
+        arguments = (
+            self._replica_id,
+            [request.key[0] for request in part],
+            [request.key[1] for request in part],
+            [request.started_at for request in part],
+            *more,
+        )
+        kind = "open" if outcome == "created" else "take_over"
+        conflicts = losses = 0
+        while True:
+            started = time.perf_counter()
+            try:
+                rows = await lane.fetch(statement, *arguments)
+            except TryAgain as error:
+                self._metrics.store_errors.labels(kind).inc()
+                conflicts += 1
+                if conflicts >= MAX_CONFLICTS:
+                    self._refuse(part, error)
+                    return None
+            except Away as error:
+                self._metrics.store_errors.labels(kind).inc()
+                if error.may_have_run:
+                    for request in part:
+                        request.may_have_made = request.may_have_made or outcome
+                losses += 1
+                if losses > 1 or error.was_slow or not self._database.is_healthy:
+                    self._database.report_away(error)
+                    self._refuse(part, error)
+                    return None
+            else:
+                self._metrics.store_batch_rows.labels(kind).observe(len(part))
+                self._metrics.store_batch_seconds.labels(kind).observe(time.perf_counter() - started)
+                return rows
+
+    # --- answers
+
+    def _settle(self, request: Request, opened: OpenedSession) -> None:
+        if request.answer.done():
+            self._abandon(opened)
+        else:
+            request.answer.set_result(opened)
+
+    def _abandon(self, opened: OpenedSession) -> None:
+        """Its caller has gone. A row that was there before is the affair of whoever made it."""
+        if opened.outcome != "kept":
+            self._close_unseen(opened.session_id, reasons.LOST.type, opened.outcome)
+
+    def _close_unseen(self, session_id: int, reason: str, outcome: Outcome) -> None:
+        # Nobody has heard of a new session; one that was taken over is still in the others' rosters.
+        self._closings.add(session_id, reason, datetime.now(UTC), is_secret=outcome == "created")
+
+    def _refuse(self, part: list[Request], error: Exception) -> None:
+        for request in part:
+            self._fail(request, error)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        if request.may_have_made is not None:
+            self._search(LeftBehind(request.key, request.started_at, request.may_have_made))
+        if request.answer.done():
+            return
+        failure = SessionError(reasons.INTERNAL_ERROR) if isinstance(error, BadRow) else Unavailable()
+        failure.__cause__ = error
+        request.answer.set_exception(failure)
+
+    def _on_failed(self, batch: list[Request], error: Exception) -> None:
+        log.error("open_failed", limited=True, error=repr(error), exc_info=error)
+        self._refuse(batch, error)
+
+    # --- rows left behind
+
+    def _search(self, left_behind: LeftBehind) -> None:
+        self._left_behind[left_behind.key, left_behind.started_at] = left_behind
+        self._searches.add(left_behind)
+
+    async def _search_batch(self, batch: list[LeftBehind]) -> None:
+        """Find and close them, however long the database stays away."""
+        delays = backoff_delays_s()
+        while True:
+            try:
+                rows = await self._take_over_lane.fetch(
+                    sql.FIND_LEFT_BEHIND,
+                    self._replica_id,
+                    [left.key[0] for left in batch],
+                    [left.key[1] for left in batch],
+                    [left.started_at for left in batch],
+                )
+            except (Away, TryAgain):
+                await asyncio.sleep(next(delays))
+            else:
+                break
+        found = {(row[1], row[2]): row[0] for row in rows}
+        for left in batch:
+            # One that is no longer listed has been given to a later request.
+            is_listed = self._left_behind.pop((left.key, left.started_at), None) is not None
+            if is_listed and left.key in found:
+                self._close_unseen(found[left.key], reasons.UNAVAILABLE.type, left.outcome)
+
+    def _on_search_failed(self, batch: list[LeftBehind], error: Exception) -> None:
+        log.error("search_failed", limited=True, error=repr(error), exc_info=error)
+        for left in batch:
+            self._left_behind.pop((left.key, left.started_at), None)

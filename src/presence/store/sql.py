@@ -1,0 +1,108 @@
+"""Every SQL statement. $1 is the replica that asks, wherever a row has an owner.
+
+Row locks are taken in the order of session ids, keys are inserted in the order of (classroom_id, agent_id): replicas that
+work on the same agents wait for each other and do not deadlock. All statements are for READ COMMITTED.
+"""
+
+from typing import Final
+
+REGISTER_REPLICA: Final = """
+INSERT INTO replica (id, label) VALUES ($1, $2)
+ON CONFLICT (id) DO UPDATE SET label = excluded.label, heartbeat_at = now()
+"""
+
+HEARTBEAT: Final = "UPDATE replica SET heartbeat_at = now() WHERE id = $1 RETURNING true"
+
+REMOVE_REPLICA: Final = """
+DELETE FROM replica r WHERE r.id = $1 AND NOT EXISTS (SELECT FROM agent_session s WHERE s.replica_id = r.id)
+"""
+
+# New sessions. What is not returned had a row already: TAKE_OVER says whose.
+OPEN: Final = """
+INSERT INTO agent_session (agent_id, classroom_id, replica_id, started_at)
+SELECT w.agent_id, w.classroom_id, $1, w.started_at
+FROM unnest($2::uuid[], $3::text[], $4::timestamptz[]) AS w (classroom_id, agent_id, started_at)
+ORDER BY w.classroom_id, w.agent_id
+ON CONFLICT (classroom_id, agent_id) DO NOTHING
+RETURNING id, classroom_id, agent_id
+"""
+
+# Rows of other replicas go to history and new ones take their place, in one statement: nobody can come in between, and a
+# replica that stops half way leaves no locks. Rows of this replica are returned as they are. What is not returned has
+# vanished meanwhile: OPEN again.
+TAKE_OVER: Final = """
+WITH found AS MATERIALIZED (
+    SELECT s.id, s.replica_id, s.classroom_id, s.agent_id, s.started_at, w.started_at AS taken_at
+    FROM unnest($2::uuid[], $3::text[], $4::timestamptz[]) AS w (classroom_id, agent_id, started_at)
+    JOIN agent_session s ON s.classroom_id = w.classroom_id AND s.agent_id = w.agent_id
+    ORDER BY s.id
+    FOR UPDATE OF s
+), gone AS (
+    DELETE FROM agent_session s USING found f WHERE s.id = f.id AND s.replica_id <> $1
+    RETURNING s.id, s.classroom_id, s.agent_id, s.started_at, f.taken_at
+), moved AS (
+    INSERT INTO agent_session_history (id, agent_id, classroom_id, lifetime, reason)
+    SELECT id, agent_id, classroom_id, tstzrange(started_at, greatest(started_at, taken_at), '[]'), $5 FROM gone
+), taken AS (
+    INSERT INTO agent_session (agent_id, classroom_id, replica_id, started_at)
+    SELECT agent_id, classroom_id, $1, taken_at FROM gone
+    RETURNING id, classroom_id, agent_id, started_at
+)
+SELECT id, classroom_id, agent_id, started_at, true AS is_new FROM taken
+UNION ALL
+SELECT id, classroom_id, agent_id, started_at, false FROM found WHERE replica_id = $1
+"""
+
+# Did an attempt whose end is not known leave a row?
+FIND_LEFT_BEHIND: Final = """
+SELECT s.id, s.classroom_id, s.agent_id, s.started_at
+FROM unnest($2::uuid[], $3::text[], $4::timestamptz[]) AS w (classroom_id, agent_id, started_at)
+JOIN agent_session s ON s.classroom_id = w.classroom_id AND s.agent_id = w.agent_id AND s.started_at = w.started_at
+WHERE s.replica_id = $1
+"""
+
+# A pooler may share the connection: the limits are for this transaction.
+BEGIN_CLOSE: Final = """
+BEGIN; SET LOCAL idle_in_transaction_session_timeout = '2s'; SET LOCAL lock_timeout = '2500ms'
+"""
+
+# Fenced: only rows that this replica still owns are moved and returned. The range is closed at both ends, so that a session
+# that ended in the instant it began keeps its time.
+CLOSE: Final = """
+WITH wanted AS (
+    SELECT w.id, w.ended_at, w.reason
+    FROM unnest($2::bigint[], $3::timestamptz[], $4::text[]) AS w (id, ended_at, reason)
+), owned AS MATERIALIZED (
+    SELECT s.id FROM agent_session s WHERE s.id = ANY ($2::bigint[]) AND s.replica_id = $1 ORDER BY s.id FOR UPDATE
+), gone AS (
+    DELETE FROM agent_session s USING owned o WHERE s.id = o.id
+    RETURNING s.id, s.agent_id, s.classroom_id, s.started_at
+), moved AS (
+    INSERT INTO agent_session_history (id, agent_id, classroom_id, lifetime, reason)
+    SELECT g.id, g.agent_id, g.classroom_id, tstzrange(g.started_at, greatest(g.started_at, w.ended_at), '[]'), w.reason
+    FROM gone g JOIN wanted w ON w.id = g.id
+)
+SELECT id, agent_id, classroom_id, started_at FROM gone
+"""
+
+# Which of these has a close of ours moved, though we never heard of it?
+FIND_MOVED: Final = """
+SELECT h.id
+FROM unnest($1::bigint[], $2::timestamptz[], $3::text[]) AS w (id, ended_at, reason)
+JOIN agent_session_history h
+    ON h.id = w.id AND h.reason = w.reason AND upper(h.lifetime) = greatest(lower(h.lifetime), w.ended_at)
+"""
+
+GET_SESSION: Final = """
+SELECT id, agent_id, classroom_id, replica_id, started_at FROM agent_session WHERE classroom_id = $1 AND agent_id = $2
+"""
+
+LIST_AGENTS: Final = """
+SELECT id, agent_id, classroom_id, replica_id, started_at FROM agent_session
+WHERE classroom_id = $1 AND id > $2
+ORDER BY id LIMIT $3
+"""
+
+COUNT_AGENTS: Final = """
+SELECT classroom_id, count(*) FROM agent_session WHERE classroom_id = ANY ($1::uuid[]) GROUP BY classroom_id
+"""
