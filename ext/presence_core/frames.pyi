@@ -1,5 +1,14 @@
 """Frames of a WebSocket server (RFC 6455); the hub links to the C functions of frames.pxd."""
 
+from typing import Final
+
+OPCODE_CONTINUATION: Final = 0
+OPCODE_TEXT: Final = 1
+OPCODE_BINARY: Final = 2
+OPCODE_CLOSE: Final = 8
+OPCODE_PING: Final = 9
+OPCODE_PONG: Final = 10
+
 class ProtocolError(Exception):
     """The stream broke the protocol: `close_code` is what to close with, `events` came before, in the same call."""
 

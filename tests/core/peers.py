@@ -12,7 +12,16 @@ from presence_core.frames import OPCODE_BINARY, OPCODE_CLOSE, OPCODE_PING, OPCOD
 from presence_core.hub import Connection, Hub, Room
 
 __all__ = [
-    "OPCODE_BINARY", "OPCODE_CLOSE", "OPCODE_PING", "OPCODE_PONG", "OPCODE_TEXT", "Handler", "Peer", "masked", "new_hub", "turn_until",
+    "OPCODE_BINARY",
+    "OPCODE_CLOSE",
+    "OPCODE_PING",
+    "OPCODE_PONG",
+    "OPCODE_TEXT",
+    "Handler",
+    "Peer",
+    "masked",
+    "new_hub",
+    "turn_until",
 ]
 
 TIMEOUT_S = 10.0

@@ -246,7 +246,11 @@ def test_a_violation_gets_the_rfcs_code(hub: Hub, handler: Handler, data: bytes,
 
 @pytest.mark.parametrize(
     ("frame", "limit"),
-    [(masked(OPCODE_TEXT, b"{}"), "messages"), (masked(OPCODE_PING), "pings"), (masked(OPCODE_PONG, b"unasked"), "pings")],
+    [
+        (masked(OPCODE_TEXT, b"{}"), "messages"),
+        (masked(OPCODE_PING), "pings"),
+        (masked(OPCODE_PONG, b"unasked"), "pings"),
+    ],
 )
 def test_floods_empty_the_bucket(handler: Handler, frame: bytes, limit: str) -> None:
     hub = new_hub(handler, messages_per_s=1.0, message_burst=5, pings_per_s=1.0, ping_burst=5)
@@ -273,7 +277,9 @@ def test_the_bucket_fills_again(handler: Handler) -> None:
     hub.close()
 
 
-@pytest.mark.parametrize("callback", ["on_open", "on_message", "on_close", "on_violation", "on_closed", "on_deadline", "on_limit"])
+@pytest.mark.parametrize(
+    "callback", ["on_open", "on_message", "on_close", "on_violation", "on_closed", "on_deadline", "on_limit"]
+)
 def test_a_callback_that_raises_ends_that_connection_only(handler: Handler, callback: str) -> None:
     hub = new_hub(handler, pings_per_s=0.001, ping_burst=1, close_timeout_ms=50)
     other = Peer(hub)

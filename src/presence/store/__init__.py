@@ -1,6 +1,6 @@
 """Sessions and replicas in PostgreSQL: every statement, batched; every caller with its own answer or its own error.
 
-Owns the connections, the statements, and the closes that wait through an outage. Knows nothing of sockets, NATS or HTTP.
+Owns the connections, the statements, and the closes that wait through an outage. Knows nothing of sockets or NATS.
 
     store      what the rest of the program calls
     opening    new, kept and taken-over sessions          closing   sessions to history, fenced

@@ -1,10 +1,11 @@
-"""How sessions close: in batches, fenced, told to the others before they are history, and never lost while the process lives.
+"""How sessions close: in batches, fenced, told to the others before they are history, and never lost.
 
 Owns the closes that wait, in bounded memory, and tries until the database has taken them. Knows nothing of who is told.
 
-One transaction per batch: rows that this replica still owns are moved (and locked), then `on_owned` is told of them, then
-COMMIT. Nobody can see a row in history whose leave has not been published. When the COMMIT fails the batch is tried again,
-but `on_owned` is told once of each row; the row may then turn out to belong to another replica, and the leave was too much.
+One transaction per batch: rows that this replica still owns are moved (and locked), then `on_owned` is told of them,
+then COMMIT. Nobody can see a row in history whose leave has not been published. When the COMMIT fails the batch is
+tried again, but `on_owned` is told once of each row; should the row by then belong to another replica, the leave was
+too much.
 """
 
 from __future__ import annotations

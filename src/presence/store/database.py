@@ -34,8 +34,8 @@ PROBE: Final = "SELECT NOT pg_is_in_recovery() AND current_setting('transaction_
 
 # Classes of SQLSTATE (its first two characters) after which the connection, or the server behind it, is of no use.
 AWAY_CLASSES: Final = frozenset({"08", "53", "57", "58", "F0", "XX", "28", "3D"})
-READ_ONLY: Final = "25006"
-IDLE_TOO_LONG: Final = "25P03"
+# read_only_sql_transaction, idle_in_transaction_session_timeout, and a foreign key: this replica's row has been swept.
+AWAY_STATES: Final = frozenset({"25006", "25P03", "23503"})
 # serialization_failure, deadlock_detected, lock_not_available, and a plan that a migration made invalid.
 AGAIN_STATES: Final = frozenset({"40001", "40P01", "55P03", "0A000"})
 BAD_ROW_CLASSES: Final = frozenset({"22"})
@@ -69,15 +69,7 @@ def one_line(error: BaseException) -> str:
 def translated(error: Exception) -> Exception:
     """What an error from asyncpg or the socket means here; the error itself when it is a mistake in this program."""
     if isinstance(error, asyncpg.PostgresError):
-        state = error.sqlstate or ""
-        if state in AGAIN_STATES:
-            return TryAgain(one_line(error))
-        if state[:2] in BAD_ROW_CLASSES or state in BAD_ROW_STATES:
-            return BadRow(one_line(error))
-        # An error that the server reports has undone the statement, unless the server itself goes down.
-        if state in (READ_ONLY, IDLE_TOO_LONG, "57014") or state[:2] in AWAY_CLASSES:
-            return Away(error, may_have_run=state[:2] == "08" or state.startswith("57P"))
-        return error
+        return _translated_by_state(error, error.sqlstate or "")
     if isinstance(error, asyncpg.DataError):
         return BadRow(one_line(error))
     if isinstance(error, OSError | TimeoutError | asyncpg.InterfaceError | asyncpg.InternalClientError):
@@ -85,11 +77,22 @@ def translated(error: Exception) -> Exception:
     return error
 
 
+def _translated_by_state(error: Exception, state: str) -> Exception:
+    if state in AGAIN_STATES:
+        return TryAgain(one_line(error))
+    if state[:2] in BAD_ROW_CLASSES or state in BAD_ROW_STATES:
+        return BadRow(one_line(error))
+    if state in AWAY_STATES or state[:2] in AWAY_CLASSES:
+        # What the server reports it has undone, unless it goes down itself.
+        return Away(error, may_have_run=state[:2] == "08" or state.startswith("57P"))
+    return error
+
+
 def connect_options(dsn: str, application_name: str) -> dict[str, Any]:
     """asyncpg's arguments for a DSN.
 
-    `statement_cache_size=0` in the DSN's query is for poolers such as pgbouncer, which share one server connection among
-    many clients: no named statements then, and no settings for the session.
+    `statement_cache_size=0` in the DSN's query is for poolers such as pgbouncer, which share one server connection
+    among many clients: no named statements then, and no settings for the session.
     """
     parts = urlsplit(dsn)
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -238,7 +241,7 @@ class Database:
 
 
 def backoff_delays_s() -> Iterator[float]:
-    """Waits before one attempt after the other: doubling, bounded, and at random, so that replicas do not march in step."""
+    """Waits between attempts: doubling, bounded, and at random, so that replicas do not march in step."""
     delay_s = FIRST_BACKOFF_S
     while True:
         yield delay_s * random.uniform(0.5, 1.0)

@@ -2,16 +2,15 @@
 
 Owns the requests that wait, and the rows that an attempt of unknown end may have left. Knows nothing of who asks.
 
-A request goes to OPEN, which makes new rows; those that have a row already go on to TAKE_OVER, on a connection of its own,
-so that rows locked elsewhere delay no new ones. An attempt is known by its `started_at`: a row of ours that carries it was
-made by that attempt, whatever became of the answer.
+A request goes to OPEN, which makes new rows; those that have a row already go on to TAKE_OVER, on a connection of its
+own, so that rows locked elsewhere delay no new ones. An attempt is known by its `started_at`: a row of ours that
+carries it was made by that attempt, whatever became of the answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Literal

@@ -1,7 +1,7 @@
 """Every SQL statement. $1 is the replica that asks, wherever a row has an owner.
 
-Row locks are taken in the order of session ids, keys are inserted in the order of (classroom_id, agent_id): replicas that
-work on the same agents wait for each other and do not deadlock. All statements are for READ COMMITTED.
+Row locks are taken in the order of session ids, keys are inserted in the order of (classroom_id, agent_id): replicas
+that work on the same agents wait for each other and do not deadlock. All statements are for READ COMMITTED.
 """
 
 from typing import Final
@@ -27,8 +27,8 @@ ON CONFLICT (classroom_id, agent_id) DO NOTHING
 RETURNING id, classroom_id, agent_id
 """
 
-# Rows of other replicas go to history and new ones take their place, in one statement: nobody can come in between, and a
-# replica that stops half way leaves no locks. Rows of this replica are returned as they are. What is not returned has
+# Rows of other replicas go to history and new ones take their place, in one statement: nobody can come in between, and
+# a replica that stops half way leaves no locks. Rows of this replica are returned as they are. What is not returned has
 # vanished meanwhile: OPEN again.
 TAKE_OVER: Final = """
 WITH found AS MATERIALIZED (
@@ -66,8 +66,8 @@ BEGIN_CLOSE: Final = """
 BEGIN; SET LOCAL idle_in_transaction_session_timeout = '2s'; SET LOCAL lock_timeout = '2500ms'
 """
 
-# Fenced: only rows that this replica still owns are moved and returned. The range is closed at both ends, so that a session
-# that ended in the instant it began keeps its time.
+# Fenced: only rows that this replica still owns are moved and returned. The range is closed at both ends, so that a
+# session that ended in the instant it began keeps its time.
 CLOSE: Final = """
 WITH wanted AS (
     SELECT w.id, w.ended_at, w.reason

@@ -1,0 +1,79 @@
+"""Servers as processes of their own, and what /proc says of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+class Server:
+    """A server that prints `listening on PORT` once it is ready. Used as a context manager; ended by its own id."""
+
+    def __init__(self, *command: str, environment: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **(environment or {})}
+        )
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if match := re.search(r"listening on (\d+)", line):
+                self.port = int(match[1])
+                return
+        raise RuntimeError(f"{command} ended with status {self.process.wait()}")
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def rss_bytes(self) -> int:
+        """Resident memory, from smaps_rollup: /proc/PID/status lags behind by a batch of pages for each thread."""
+        text = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text()
+        match = re.search(r"^Rss:\s+(\d+) kB", text, re.MULTILINE)
+        assert match is not None
+        return int(match[1]) * 1024
+
+    def cpu_s(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo").read_text()
+    model = re.search(r"model name\s*: (.*)", info)
+    return {
+        "cpu": model[1] if model else platform.processor(),
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+
+
+def commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "src", "ext", "setup.py", "pyproject.toml")
+    return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+
+
+def write_result(name: str, figures: dict[str, Any]) -> Path:
+    path = ROOT / "bench" / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"commit": commit(), "machine": machine(), **figures}, indent=2) + "\n")
+    return path
