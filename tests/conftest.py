@@ -7,39 +7,14 @@ takes `own_postgres` or `own_nats`. `within` and `eventually` are in waiting.py.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import threading
 from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import uvloop
 
+from presence.migrate import migrate as apply_migrations
 from servers import NatsServer, PostgresDatabase, remove, temporary_folder
-
-# The tables while there is no migration yet; the migrations have the last word.
-DDL = """
-CREATE TABLE replica (
-    id uuid PRIMARY KEY,
-    label text NOT NULL,
-    registered_at timestamptz NOT NULL DEFAULT now(),
-    heartbeat_at timestamptz NOT NULL DEFAULT now()
-);
-CREATE TABLE agent_session (
-    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    agent_id text NOT NULL,
-    classroom_id uuid NOT NULL,
-    replica_id uuid NOT NULL,
-    started_at timestamptz NOT NULL,
-    UNIQUE (classroom_id, agent_id)
-);
-CREATE TABLE agent_session_history (
-    id bigint PRIMARY KEY,
-    agent_id text NOT NULL,
-    classroom_id uuid NOT NULL,
-    lifetime tstzrange NOT NULL,
-    reason text NOT NULL
-);
-"""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -47,13 +22,8 @@ def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.Abstrac
     return {"uvloop": uvloop.new_event_loop}
 
 
-def migrate(server: PostgresDatabase, url: str) -> None:
+def migrate(url: str) -> None:
     """Bring an empty database to the newest schema."""
-    if importlib.util.find_spec("presence.migrate") is None:
-        server.psql(DDL, url)
-        return
-    from presence.migrate import migrate as apply_migrations
-
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -91,7 +61,7 @@ def postgres_url(postgres: PostgresDatabase) -> str:
 def migrated_template(postgres: PostgresDatabase) -> str:
     """The name of a migrated database that others are copied from."""
     url = postgres.create()
-    migrate(postgres, url)
+    migrate(url)
     return url.rpartition("/")[2]
 
 
@@ -126,7 +96,7 @@ def own_postgres() -> Iterator[PostgresDatabase]:
     server = PostgresDatabase(temporary_folder("postgres"))
     try:
         server.start()
-        migrate(server, server.url)
+        migrate(server.url)
         yield server
     finally:
         remove(server)

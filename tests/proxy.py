@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a real server: it can lose an answer, cut connections, refuse new ones, and tell what was sent.
+"""A TCP proxy in front of a real server: it loses answers, cuts connections, refuses new ones, records what was sent.
 
 Owns its listening socket and the connections through it. Knows nothing of the protocol inside.
 """

@@ -138,7 +138,7 @@ class App:
         await self._stack.aclose()
 
 
-async def serve(settings: Settings, *, ready: Callable[[], None] | None = None) -> int:
+async def serve(settings: Settings, *, ready: Callable[[App], None] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; returns the process's exit status. A second signal ends it at once."""
     loop = asyncio.get_running_loop()
     signalled = asyncio.Event()
@@ -156,7 +156,7 @@ async def serve(settings: Settings, *, ready: Callable[[], None] | None = None) 
     gc.set_threshold(*GC_THRESHOLDS)
     log.info("serving", port=app.gateway.port, http_port=app.http_api.port, replica_id=str(app.replica_id))
     if ready is not None:
-        ready()
+        ready(app)
     await signalled.wait()
     ending = asyncio.create_task(_end(app))
     killed = asyncio.create_task(again.wait())

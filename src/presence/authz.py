@@ -1,7 +1,7 @@
 """Whether an agent may enter a classroom: by its token's claim, by asking a webhook, or everyone.
 
-Owns: the three modes, the webhook's request and answer, and a short memory of its answers. Knows nothing of tokens, keys,
-sockets or sessions. Whatever is not a clear yes is a no.
+Owns: the three modes, the webhook's request and answer, and a short memory of its answers. Knows nothing of tokens,
+keys, sockets or sessions. Whatever is not a clear yes is a no.
 """
 
 from __future__ import annotations

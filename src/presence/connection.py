@@ -18,8 +18,8 @@ from presence_core.frames import OPCODE_TEXT, encode_frame
 from presence_core.hub import DEADLINE_PONG, LIMIT_BACKLOG, Connection, Room
 
 from presence import protocol, reasons
-from presence.authn import Identity, agent_id_of
 from presence.errors import SessionError
+from presence.identity import Identity, agent_id_of
 from presence.log import get
 
 if TYPE_CHECKING:
@@ -115,7 +115,9 @@ class Lives:
             agent.phase = Phase.CONNECTING
             agent.set_alarm(self._settings.connect_timeout_s * 1000)
             self._steps.spawn(self._connect(agent, request))
-        elif isinstance(request, protocol.Refresh) and agent.phase is Phase.CONNECTED and not agent.refreshing:
+        elif isinstance(request, protocol.Refresh) and agent.phase is Phase.CONNECTED:
+            if agent.refreshing:
+                raise SessionError(reasons.RATE_LIMITED, "One refresh at a time")
             agent.refreshing = True
             self._steps.spawn(self._refresh(agent, request))
         else:

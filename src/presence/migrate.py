@@ -95,5 +95,7 @@ def _place(dsn: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     words = str(error.__cause__ if isinstance(error, SQLAlchemyError) and error.__cause__ else error).strip()
     return words.splitlines()[0] if words else type(error).__name__

@@ -100,6 +100,8 @@ def connect_options(dsn: str, application_name: str) -> dict[str, Any]:
     cache_size = query.pop("statement_cache_size", None)
     settings = {"application_name": application_name} if "application_name" not in query else {}
     if cache_size is not None:
+        if not cache_size.isdecimal():
+            raise ValueError("statement_cache_size must be a whole number, 0 or more")
         options["statement_cache_size"] = int(cache_size)
     if options.get("statement_cache_size") != 0:
         settings |= {
@@ -110,7 +112,7 @@ def connect_options(dsn: str, application_name: str) -> dict[str, Any]:
     if "target_session_attrs" not in query:
         # Of several hosts, and after a failover, only one that can be written to will do.
         options["target_session_attrs"] = "read-write"
-    options["dsn"] = urlunsplit(parts._replace(query=urlencode(query)))
+    options["dsn"] = dsn if cache_size is None else urlunsplit(parts._replace(query=urlencode(query)))
     options["server_settings"] = {name: value for name, value in settings.items() if name not in query}
     return options
 

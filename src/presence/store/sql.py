@@ -7,7 +7,7 @@ that work on the same agents wait for each other and do not deadlock. All statem
 from typing import Final
 
 REGISTER_REPLICA: Final = """
-INSERT INTO replica (id, label) VALUES ($1, $2)
+INSERT INTO replica (id, label, registered_at, heartbeat_at) VALUES ($1, $2, now(), now())
 ON CONFLICT (id) DO UPDATE SET label = excluded.label, heartbeat_at = now()
 """
 
