@@ -375,8 +375,8 @@ cdef int measure_offsets() except -1:
     """Where the wheel entries lie in a Connection: the way back from an expired entry to its object."""
     global BEAT_OFFSET, ALARM_OFFSET
     cdef Connection probe = Connection()
-    BEAT_OFFSET = <size_t> (<char *> &probe.beat_entry - <char *> <PyObject *> probe)
-    ALARM_OFFSET = <size_t> (<char *> &probe.alarm_entry - <char *> <PyObject *> probe)
+    BEAT_OFFSET = <size_t> &probe.beat_entry - <size_t> <PyObject *> probe
+    ALARM_OFFSET = <size_t> &probe.alarm_entry - <size_t> <PyObject *> probe
     return 0
 
 
@@ -638,6 +638,7 @@ cdef class Hub:
     cdef uint64_t tick(self) noexcept:
         return (monotonic_ns() - self.start_ns) // (TICK_MS * NS_PER_MS)
 
+    @cython.overflowcheck(False)
     cdef uint64_t random(self) noexcept:
         """xorshift64* (Vigna 2016): phases and nonces need to be spread, not secret."""
         self.random_state ^= self.random_state >> 12
@@ -871,6 +872,7 @@ cdef class Hub:
         self.schedule_ping(c)
         return 0
 
+    @cython.overflowcheck(False) # the milliseconds wrap after 49 days
     cdef bint take_token(self, Connection c, bint control) noexcept:
         """One token of the bucket for messages, or for pings and unasked pongs; False when it is empty."""
         cdef uint32_t now_ms = <uint32_t> (monotonic_ns() // NS_PER_MS)

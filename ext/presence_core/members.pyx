@@ -47,15 +47,20 @@ cdef void members_remove(member_list *members, member *leaver) noexcept nogil:
     cdef size_t hole = leaver.index
     if hole < members.cursor:
         members.cursor -= 1
-        _put(members, hole, members.items[members.cursor])
-        hole = members.cursor
+        hole = _fill(members, hole, members.cursor)
     if hole < members.end:
         members.end -= 1
-        _put(members, hole, members.items[members.end])
-        hole = members.end
+        hole = _fill(members, hole, members.end)
     members.count -= 1
-    _put(members, hole, members.items[members.count])
+    _fill(members, hole, members.count)
     _shrink(members)
+
+
+cdef inline size_t _fill(member_list *members, size_t hole, size_t last) noexcept nogil:
+    """Move the last of a region into the hole; returns where the hole is then."""
+    if hole != last: # what stands in the hole itself has left, or has moved already
+        _put(members, hole, members.items[last])
+    return last
 
 
 cdef void _shrink(member_list *members) noexcept nogil:

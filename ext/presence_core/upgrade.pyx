@@ -21,7 +21,7 @@ cdef extern from "<fcntl.h>":
 
 cdef enum:
     PICOWS_SPARE_BYTES = 256          # picows keeps this much of its read buffer back
-    PICOWS_HEAD_MAX_BYTES = 16 * 1024 # its bound on a request head
+    PICOWS_HEAD_MAX_BYTES = 16_384    # its bound on a request head
 
 # What to give picows as ``read_buffer_init_size``. The room left in its buffer tells how many bytes lie behind the request
 # head, but picows doubles a buffer that is more than 90 % full. This size makes the two cases tell apart: a head that may

@@ -77,7 +77,9 @@ class Metrics:
         self.key_reads = self._counter("key_reads", "Readings of the key set's URL, by outcome", "outcome")
         self.authorizations = self._counter("authorizations", "Authorization decisions, by outcome", "outcome")
         self.authorization_cache_hits = self._counter("authorization_cache_hits", "Webhook decisions from the cache")
-        self.authorization_seconds = self._histogram("authorization_seconds", "Time of a webhook request")
+        self.authorization_seconds = self._histogram(
+            "authorization_seconds", "From the question to the webhook until its answer"
+        )
         for outcome in ("success", "failure"):
             self.key_reads.labels(outcome)
         for outcome in ("allowed", "denied", "failed"):

@@ -12,7 +12,7 @@ from presence.errors import PresenceError
 
 __all__ = ["ExchangeFailed", "Outbound"]
 
-MAX_SOCKETS: Final = 64
+MAX_SOCKETS: Final = 8
 
 
 class ExchangeFailed(PresenceError):
@@ -25,6 +25,8 @@ class Outbound:
     def __init__(self, *, timeout_s: float, max_bytes: int) -> None:
         self._timeout_s = timeout_s
         self._max_bytes = max_bytes
+        # Waiting for one's turn is not the service's fault: the time runs when the request may go.
+        self._turns = asyncio.Semaphore(MAX_SOCKETS)
         self._client = httpx.AsyncClient(
             follow_redirects=False,
             timeout=timeout_s,
@@ -36,8 +38,9 @@ class Outbound:
     async def exchange(self, method: str, url: str, json: Any = None) -> tuple[int, bytes]:
         """Status and body of the answer; raises ExchangeFailed."""
         try:
-            async with asyncio.timeout(self._timeout_s), self._client.stream(method, url, json=json) as response:
-                return response.status_code, await self._read(response)
+            async with self._turns, asyncio.timeout(self._timeout_s):
+                async with self._client.stream(method, url, json=json) as response:
+                    return response.status_code, await self._read(response)
         except TimeoutError:
             raise ExchangeFailed("timed out") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:

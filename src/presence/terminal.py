@@ -6,7 +6,6 @@ Owns their options and what they find in the data directory. Knows nothing of ho
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import signal
 import sys
@@ -44,6 +43,7 @@ TtlOption = Annotated[float, typer.Option(metavar="SECONDS", min=1, help="How lo
 
 
 def token(
+    *,
     classroom: Annotated[list[str], typer.Option(metavar="UUID", help="May be given several times; '*' for all.")],
     agent: Annotated[str, typer.Option(help="Name of the agent: the token's subject.")],
     label: LabelOption = "web",
@@ -53,6 +53,7 @@ def token(
 ) -> None:
     """Print a token for the key of the embedded gateway."""
     folder = DataDir(data_dir)
+    identity_label = _checked("--label", label, _LABEL)
     chosen = audience or _audience(folder.read_state())
     text = folder.mint_token(
         _checked("--agent", agent, _NAME),
@@ -63,10 +64,11 @@ def token(
     print(text, flush=True)
     if sys.stdout.isatty():
         until = datetime.fromtimestamp(datetime.now().timestamp() + ttl).strftime("%H:%M:%S")
-        print(f"# {_checked('--label', label, _LABEL)}.{agent}.{chosen}, until {until}", file=sys.stderr)
+        print(f"# {identity_label}.{agent}.{chosen}, until {until}", file=sys.stderr)
 
 
 def join(
+    *,
     classroom: Annotated[str | None, typer.Option(metavar="UUID", help="Default: the example classroom.")] = None,
     agent: Annotated[str | None, typer.Option(help="Name of the agent, for a token made here.")] = None,
     label: LabelOption = "web",
@@ -103,6 +105,7 @@ def join(
 
 
 def publish(
+    *,
     classroom: Annotated[str, typer.Argument(metavar="CLASSROOM", help="Id of the classroom.")],
     kind: Annotated[str, typer.Argument(metavar="KIND", help="Kind of the event: one word, such as chat.")],
     payload: Annotated[str, typer.Argument(metavar="JSON", help="The event itself.")],

@@ -1,4 +1,4 @@
-"""What the hub's tests share: a recording handler, the agent's side of a socket pair, and a way to turn until something is so."""
+"""What the hub's tests share: a recording handler, the agent's side of a socket pair, and turning until something is so."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from presence_core.frames import OPCODE_BINARY, OPCODE_CLOSE, OPCODE_PING, OPCODE_PONG, OPCODE_TEXT
 from presence_core.hub import Connection, Hub, Room
+
+from presence_core.frames import OPCODE_BINARY, OPCODE_CLOSE, OPCODE_PING, OPCODE_PONG, OPCODE_TEXT
 
 __all__ = [
     "OPCODE_BINARY",
@@ -26,6 +27,7 @@ __all__ = [
 
 TIMEOUT_S = 10.0
 MASK = b"\x12\x34\x56\x78"
+SERVER_FIRST_BYTES = {0x80 | opcode for opcode in (OPCODE_TEXT, OPCODE_BINARY, OPCODE_CLOSE, OPCODE_PING, OPCODE_PONG)}
 
 
 class Handler:
@@ -111,6 +113,7 @@ class Peer:
         self.socket, ours = tcp_pair(buffers)
         self.connection = connection or Connection()
         self.received = b""
+        self.taken: list[tuple[int, bytes]] = []
         hub.adopt(self.connection, ours.detach(), head)
         self.socket.setblocking(False)
 
@@ -134,11 +137,23 @@ class Peer:
 
     def frames(self, count: int) -> list[tuple[int, bytes]]:
         """Turn the hub until that many frames have come."""
-        turn_until(self.hub, lambda: self.read() and False or len(self.parse()[0]) >= count)
-        frames, used = self.parse()
+        turn_until(self.hub, lambda: (self.read() and False) or len(self.parse()[0]) >= count)
+        frames, _ = self.parse()
         taken = frames[:count]
         self.received = self.received[sum(length for _, _, length in taken) :]
         return [(opcode, payload) for opcode, payload, _ in taken]
+
+    def take(self) -> list[tuple[int, bytes]]:
+        """Read what is there, without turning the hub: every frame that `take` has seen so far."""
+        self.read()
+        frames, used = self.parse()
+        self.received = self.received[used:]
+        self.taken += [(opcode, payload) for opcode, payload, _ in frames]
+        return self.taken
+
+    def texts(self) -> list[bytes]:
+        """The text messages of `take`."""
+        return [payload for opcode, payload in self.take() if opcode == OPCODE_TEXT]
 
     def ended(self) -> bool:
         return not self.read()
@@ -146,7 +161,9 @@ class Peer:
     def parse(self) -> tuple[list[tuple[int, bytes, int]], int]:
         frames, at, data = [], 0, self.received
         while len(data) - at >= 2:
+            assert data[at] in SERVER_FIRST_BYTES
             size, header = data[at + 1], 2
+            assert size < 128  # a server does not mask
             if size == 126:
                 header = 4
                 size = int.from_bytes(data[at + 2 : at + 4])

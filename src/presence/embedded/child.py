@@ -43,7 +43,7 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._exited = asyncio.Event()
         self._status = 0
-        self._stopping = False
+        self._serving = False  # its end is news then
 
     def start(self, arguments: Sequence[str | Path], *, env: Mapping[str, str], setpriv: Sequence[str] = ()) -> None:
         """Starts the program; its output goes to the end of the log file. `setpriv`: more options for that tool."""
@@ -83,11 +83,11 @@ class Child:
             if loop.time() > deadline:
                 raise StartError(f"{self.name} was not ready after {timeout_s:g} s (see {self.log_path})")
             await asyncio.sleep(POLL_INTERVAL_S)  # it announces itself in a file: there is nothing to wait on
+        self._serving = True
         return found
 
     async def wait_until_done(self, timeout_s: float) -> None:
         """Waits until the program has ended by itself; raises StartError unless it ended well."""
-        self._stopping = True  # its end is no news
         try:
             await asyncio.wait_for(self._exited.wait(), timeout_s)
         except TimeoutError:
@@ -97,7 +97,7 @@ class Child:
 
     async def stop(self) -> None:
         """Ends the server and waits until it is gone; harmless when it is gone already."""
-        self._stopping = True
+        self._serving = False
         if self._process is None:
             return
         for number, patience_s in (*self._stop_signals, (signal.SIGKILL, KILL_TIMEOUT_S)):
@@ -115,7 +115,7 @@ class Child:
         assert self._process is not None
         self._status = self._process.wait()
         self._exited.set()
-        if not self._stopping:
+        if self._serving:
             log.error("embedded_server_ended", server=self.name, status=self._status, log=str(self.log_path))
 
     def _last_words(self) -> str:

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import socket
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Final
@@ -33,7 +34,8 @@ class Nats:
     def __init__(self, data_dir: Path) -> None:
         self._dir = data_dir / "nats"
         self._pid_path = self._dir / "nats.pid"
-        self._child = Child("nats-server", data_dir / "nats.log", [(signal.SIGTERM, 5.0)])
+        self._log_path = data_dir / "nats.log"
+        self._child: Child | None = None
         self.url = ""
 
     async def start(self) -> None:
@@ -43,22 +45,34 @@ class Nats:
         await stop_stale(self._pid_path, self._is_ours, number=signal.SIGTERM)
         for old in self._dir.glob("*.ports"):
             old.unlink()
-        port = DEFAULT_PORT if _is_free(DEFAULT_PORT) else RANDOM_PORT
-        arguments: list[str | Path] = [program, "-a", HOST, "-p", str(port), "-js", "-sd", self._dir / "store"]
-        arguments += ["--ports_file_dir", self._dir, "-P", self._pid_path]
-        self._child.start(arguments, env=os.environ)
-        self.url = await self._child.wait_until(self._read_url, START_TIMEOUT_S)
+        if _is_free(DEFAULT_PORT):
+            with suppress(StartError):  # somebody else may take it in this very moment; its log tells of it
+                await self._run(program, DEFAULT_PORT)
+        if not self.url:
+            await self._run(program, RANDOM_PORT)
 
     async def stop(self) -> None:
         """Ends the server."""
-        await self._child.stop()
+        if self._child is not None:
+            await self._child.stop()
+
+    async def _run(self, program: Path, port: int) -> None:
+        self._child = child = Child("nats-server", self._log_path, [(signal.SIGTERM, 5.0)])
+        arguments: list[str | Path] = [program, "-a", HOST, "-p", str(port), "-js", "-sd", self._dir / "store"]
+        arguments += ["--ports_file_dir", self._dir, "-P", self._pid_path]
+        child.start(arguments, env=os.environ)
+        try:
+            self.url = await child.wait_until(lambda: self._read_url(child.pid), START_TIMEOUT_S)
+        except StartError:
+            await child.stop()
+            raise
 
     def _is_ours(self, command_line: list[str]) -> bool:
         return str(self._pid_path) in command_line
 
-    def _read_url(self) -> str | None:
+    def _read_url(self, pid: int) -> str | None:
         try:
-            ports = json.loads((self._dir / f"nats-server_{self._child.pid}.ports").read_bytes())
+            ports = json.loads((self._dir / f"nats-server_{pid}.ports").read_bytes())
         except (OSError, ValueError):  # not there yet, or half written
             return None
         return str(ports["nats"][0])
@@ -83,6 +97,7 @@ def _is_free(port: int) -> bool:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
+            probe.listen()  # with SO_REUSEADDR only this one tells
         except OSError:
             return False
         return True

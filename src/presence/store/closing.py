@@ -53,7 +53,14 @@ class Close:
 
     is_wanted: Final = True
 
-    def __init__(self, session_id: int, reason: str, ended_at: datetime, is_secret: bool) -> None:
+    def __init__(
+        self,
+        session_id: int,
+        reason: str,
+        ended_at: datetime,
+        is_secret: bool,
+        answer: asyncio.Future[bool] | None,
+    ) -> None:
         self.key = session_id
         self.reason = reason
         self.ended_at = ended_at
@@ -61,7 +68,7 @@ class Close:
         self.is_secret = is_secret
         # An earlier attempt found the row ours and came as far as the COMMIT.
         self.was_told = False
-        self.answer: asyncio.Future[bool] | None = None
+        self.answer = answer
         self.followers: list[Callable[[], None]] | None = None
 
 
@@ -94,27 +101,32 @@ class Closings:
     def is_full(self) -> bool:
         return len(self._waiting) >= self._max_waiting
 
-    def add(self, session_id: int, reason: str, ended_at: datetime, *, is_secret: bool = False) -> Close | None:
-        """Queue a close; None when the same session is being closed already. Raises Unavailable at the bound."""
+    def add(
+        self,
+        session_id: int,
+        reason: str,
+        ended_at: datetime,
+        *,
+        is_secret: bool = False,
+        answer: asyncio.Future[bool] | None = None,
+    ) -> bool:
+        """Queue a close; False when the same session is being closed already. Raises Unavailable at the bound."""
         if session_id in self._waiting:
-            return None
+            return False
         if self.is_full:
             self._metrics.store_errors.labels("close_dropped").inc()
             log.error("close_dropped", limited=True, waiting=len(self._waiting))
             raise Unavailable("Too many sessions wait to be closed")
-        close = Close(session_id, reason, ended_at, is_secret)
+        close = Close(session_id, reason, ended_at, is_secret, answer)
         self._waiting[session_id] = close
         self._batches.add(close)
-        return close
+        return True
 
     async def close_session(self, session_id: int, reason: str, ended_at: datetime) -> bool:
         """Return when it is written: True if the row was this replica's. A cancelled caller does not stop it."""
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        close = self.add(session_id, reason, ended_at)
-        if close is None:
+        if not self.add(session_id, reason, ended_at, answer=answer):
             self.call_after(session_id, lambda: None if answer.done() else answer.set_result(False))
-        else:
-            close.answer = answer
         return await answer
 
     def call_after(self, session_id: int, follower: Callable[[], None]) -> bool:
