@@ -30,7 +30,14 @@ DIRECTIVES = {
     "cdivision": not debug,
 }
 
-compile_args = ["-std=c11", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unused-function", "-Wno-missing-field-initializers"]
+compile_args = [
+    "-std=c11",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-Wno-unused-function",
+    "-Wno-missing-field-initializers",
+]
 link_args = []
 if debug:
     compile_args += ["-O0", "-g", "-UNDEBUG"]

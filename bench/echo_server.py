@@ -1,6 +1,6 @@
 """An echo server made of the hub alone: picows upgrades, the hub does all the rest. For measurements and conformance suites.
 
-    python bench/echo_server.py --port 9001 [--max-message-bytes N] [--no-limits] [--heartbeat]
+python bench/echo_server.py --port 9001 [--max-message-bytes N] [--no-limits] [--heartbeat]
 """
 
 import argparse
@@ -11,10 +11,10 @@ import socket
 
 import picows
 import uvloop
-
-from presence_core.frames import encode_frame
 from presence_core.hub import Connection, Hub
 from presence_core.upgrade import READ_BUFFER_INIT_BYTES, Upgrade
+
+from presence_core.frames import encode_frame
 
 UNLIMITED_PER_S = 1e9
 

@@ -1,10 +1,9 @@
 """The gateway over its embedded servers, for the benchmarks: prints `listening on PORT` and its process is the gateway alone.
 
-    python bench/gateway_server.py --data-dir DIR --auth-keys FILE
+python bench/gateway_server.py --data-dir DIR --auth-keys FILE
 """
 
 import argparse
-import asyncio
 from pathlib import Path
 
 import uvloop

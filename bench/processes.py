@@ -21,7 +21,11 @@ class Server:
 
     def __init__(self, *command: str, environment: dict[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, *command], stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **(environment or {})}
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
         )
         assert self.process.stdout is not None
         for line in self.process.stdout:

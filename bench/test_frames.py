@@ -20,11 +20,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Loop, Report
 from picows import WSListener, WSMsgType
 from picows.picows import WSAutoPingStrategy, WSProtocol
 from wsproto.frame_protocol import FrameProtocol
 
+from conftest import Loop, Report
 from presence_core.frames import OPCODE_TEXT, Decoder, bench_decode, bench_encode, encode_frame
 
 SIZES = [16, 190, 4096]

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 
 import pytest
 import uvloop
-from conftest import Loop, Report
 
+from conftest import Loop, Report
 from presence_core.wheel import TimerWheel, bench_expire, bench_restart, bench_start, bench_stop
 
 SIZES = [10, 1_000, 100_000]

@@ -18,9 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jwt
-from clients import Outcome, connect_many
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+
+from clients import Outcome, connect_many
 from processes import Server, write_result
 
 SERVERS: dict[str, tuple[str, ...]] = {

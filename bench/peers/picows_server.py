@@ -1,6 +1,5 @@
 """The peer: a stock picows server on uvloop, as its documentation shows it, with its default settings."""
 
-import asyncio
 import logging
 import socket
 

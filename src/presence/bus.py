@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Final, Self
 from uuid import UUID
 
-import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription

@@ -50,7 +50,9 @@ class PlainRefusals(picows.WSUpgradeResponse):
     """
 
     @staticmethod
-    def create_error_response(status: int | HTTPStatus, body: bytes | None = None, extra_headers: object = None) -> object:
+    def create_error_response(
+        status: int | HTTPStatus, body: bytes | None = None, extra_headers: object = None
+    ) -> object:
         if body is not None and body.startswith(b"Unsupported HTTP method"):
             return refusal(HTTPStatus.METHOD_NOT_ALLOWED, {"Allow": "GET"})
         return refusal(HTTPStatus(status))

@@ -112,7 +112,7 @@ class Sessions:
             try:
                 session = await self._store.open_session(agent.agent_id, agent.classroom_id)
             except BaseException:
-                if predecessor is not None: # its session has nobody now, unless the next in turn carries it on
+                if predecessor is not None:  # its session has nobody now, unless the next in turn carries it on
                     self._steps.spawn(self.leave(predecessor, reasons.REPLACED))
                 raise
             # The session is silent to the others when it goes on: from a connection here, or from another replica.
