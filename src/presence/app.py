@@ -80,7 +80,7 @@ class App:
             settings.database_url,
             self.replica_id,
             settings.replica_label,
-            on_owned=lambda rows: self.sessions.on_owned(rows),
+            on_owned=lambda rows: self.sessions.on_owned(rows),  # noqa: PLW0108 - made after the store
             metrics=metrics,
         )
         stack.push_async_callback(self.store.close)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import AsyncIterator
@@ -28,7 +29,7 @@ async def gateway(tmp_path: Path, nats_url: str, database_url: str) -> AsyncIter
 
 async def test_when_success_arrives_the_row_is_committed_and_enter_published(gateway: Running) -> None:
     overheard = await Overheard(gateway.nats).listen("classrooms.*.agent")
-    agent, success = await gateway.join("alice")
+    _agent, success = await gateway.join("alice")
     row = (await gateway.rows())[0]
     assert success == {
         "session_id": row["id"],
@@ -158,7 +159,7 @@ async def test_pings_come_at_the_interval_and_a_mute_agent_is_closed(
         protocol.recv_frame = recv_frame  # type: ignore[method-assign,assignment]
         assert await agent.error() == ("pong_timed_out", 4001)
         closed = time.monotonic()
-        gaps = [after - before for before, after in zip(pings, pings[1:], strict=False)]
+        gaps = [after - before for before, after in itertools.pairwise(pings)]
         assert len(pings) == 5
         assert all(0.25 < gap < 0.4 for gap in gaps), gaps
         assert 0.1 <= closed - pings[-1] < 0.3
@@ -223,7 +224,7 @@ async def test_the_second_connection_replaces_the_first_and_keeps_its_session(ga
     second, again = await gateway.join()
     assert again == success
     assert await first.error() == ("replaced", 4505)
-    assert [row["id"] for row in await gateway.rows()][0] == success["session_id"]
+    assert next(row["id"] for row in await gateway.rows()) == success["session_id"]
     assert [row["agent_id"] for row in await gateway.history()] == []
     await gateway.publish("chat", "after")
     assert (await second.hear())["payload"] == "after"
