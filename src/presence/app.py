@@ -21,6 +21,7 @@ from presence.authz import Authorizer
 from presence.bus import Bus
 from presence.connection import Lives
 from presence.drain import Drain
+from presence.errors import ConfigError
 from presence.fanout import Fanout
 from presence.gateway import Gateway
 from presence.http_api import HttpApi
@@ -61,6 +62,8 @@ class App:
 
     async def _start(self) -> None:
         settings, stack, metrics = self.settings, self._stack, self.metrics
+        if settings.nats_url is None or settings.database_url is None:
+            raise ConfigError("nats_url and database_url are needed here: the embedded servers are somebody else's to start")
         authenticator = await Authenticator.open(settings, metrics=metrics)
         stack.push_async_callback(authenticator.close)
         authorizer = Authorizer(settings, metrics=metrics)
@@ -71,6 +74,7 @@ class App:
             settings.nats_url,
             prefix=settings.subject_prefix,
             name=f"presence {settings.replica_label}",
+            echo_subject=f"presence.replica.{self.replica_id}.echo",
             on_message=self.fanout.on_message,
             on_gap=self.fanout.on_gap,
             metrics=metrics,
@@ -88,7 +92,9 @@ class App:
         lease.open()
         stack.push_async_callback(lease.close)
 
-        self.sessions = Sessions(self.store, self.bus, self.fanout, self.steps, settings.subject_prefix)
+        self.sessions = Sessions(
+            self.store, self.bus, self.fanout, self.steps, metrics, subject_prefix=settings.subject_prefix
+        )
         self.lives = Lives(
             settings, authenticator, authorizer, self.sessions, self.fanout, metrics, self.steps, random=random.random
         )

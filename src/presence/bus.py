@@ -1,21 +1,32 @@
-"""NATS: one counted subscription for each classroom, publishing in order, and flushes that prove what the server has.
+"""NATS: one counted subscription for each classroom, publishing in order, and proof of what the server has.
 
-Owns the client, the subscriptions and what waits to be published while NATS is away. Knows nothing of agents or events.
+Owns the client and its replacement, the subscriptions, and what waits to be published while NATS is away. Knows nothing of
+agents or events.
+
+Proof is an echo: a message to ourselves on the same connection, behind everything subscribed and published before it. When
+it comes back the server has processed all of that, and both directions live. The client's own flush proves less: it writes
+its PING past the commands that still wait in the client, and it returns at once when the client's read loop has died.
+
+A client lives for one connection. The client's own reconnecting is switched off: it keeps half-sent commands, and a task of
+it that dies is never replaced. What was published and not proven is published again on the next connection, with the same
+Nats-Msg-Id.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
+import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Final, Self
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Final, Self
 from uuid import UUID
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
+from nats.errors import BadHeaderError, BadSubjectError, MaxPayloadError, SlowConsumerError
 from nats.errors import Error as NatsError
-from nats.errors import SlowConsumerError
 
 from presence.errors import StartError, Unavailable
 from presence.log import get
@@ -24,159 +35,350 @@ from presence.metrics import Metrics
 log = get("bus")
 
 OnMessage = Callable[[str, bytes, Mapping[str, str] | None], None]
-OnGap = Callable[[UUID | None], None]
+OnGap = Callable[[str | None], None]
+Outgoing = tuple[str, bytes, dict[str, str]]
 
-CONNECT_TIMEOUT_S: Final = 3
-RECONNECT_WAIT_S: Final = 0.5
+CONNECT_TIMEOUT_S: Final = 3.0
+CONFIRM_TIMEOUT_S: Final = 3.0
+STUCK_AFTER_S: Final = 8.0  # an echo that is out for longer: the client is replaced
+WATCH_INTERVAL_S: Final = 4.0  # an idle connection is proven this often
+FIRST_BACKOFF_S: Final = 0.1
+MAX_BACKOFF_S: Final = 2.0
 PING_INTERVAL_S: Final = 5
-FLUSH_TIMEOUT_S: Final = 3
-CLOSE_TIMEOUT_S: Final = 2
+CLOSE_TIMEOUT_S: Final = 2.0
 PENDING_MESSAGES: Final = 8_192
 PENDING_BYTES: Final = 16 * 1024 * 1024
-OUTGOING_MAX: Final = 65_536  # messages that wait while NATS is away
+MAX_OUTGOING: Final = 65_536  # messages that wait while NATS is away
 
 
-class Subscribed:
-    """A classroom's subscription: how many use it, and whether the server is known to have it."""
+class Topic:
+    """A classroom's subscription, and how many use it."""
 
-    __slots__ = ("active", "subscription", "users")
+    __slots__ = ("classroom_id", "on_message", "remote", "users")
 
-    def __init__(self) -> None:
+    def __init__(self, classroom_id: UUID, on_message: OnMessage) -> None:
+        self.classroom_id = classroom_id
+        self.on_message = on_message
         self.users = 0
-        self.active = False
-        self.subscription: Subscription | None = None
+        self.remote: Subscription | None = None
+
+    async def deliver(self, message: Msg) -> None:
+        # One that nobody uses any more may still have messages on the way, beside its successor's.
+        if self.users:
+            self.on_message(message.subject, message.data, message.headers)
+
+
+class Round:
+    """What one echo is the proof of: those who wait for it, and the messages that went before it."""
+
+    __slots__ = ("messages", "number", "started", "waiters")
+
+    def __init__(self, number: int, waiters: list[asyncio.Future[None]]) -> None:
+        self.number = number
+        self.waiters = waiters
+        self.messages: list[Outgoing] = []
+        self.started = time.perf_counter()
+
+    def settle(self, error: Exception | None = None) -> None:
+        waiters, self.waiters = self.waiters, []
+        for waiter in waiters:
+            if waiter.done():
+                continue
+            if error is None:
+                waiter.set_result(None)
+            else:
+                waiter.set_exception(error)
 
 
 class Bus:
-    def __init__(self, client: Client, prefix: str, on_message: OnMessage, on_gap: OnGap, metrics: Metrics) -> None:
-        self._client = client
+    def __init__(
+        self,
+        url: str,
+        *,
+        prefix: str,
+        name: str,
+        echo_subject: str,
+        on_message: OnMessage,
+        on_gap: OnGap,
+        metrics: Metrics,
+    ) -> None:
+        self._servers = [server.strip() for server in url.split(",")]
         self._prefix = prefix
+        self._name = name
+        self._echo_subject = echo_subject
         self._on_message = on_message
         self._on_gap = on_gap
         self._metrics = metrics
-        self._subscriptions: dict[UUID, Subscribed] = {}
-        self._outgoing: deque[tuple[str, bytes, dict[str, str]]] = deque()
-        self._flushing: asyncio.Task[None] | None = None
-        self._next_flush: asyncio.Task[None] | None = None
-        metrics.bus_connected.set_function(lambda: float(client.is_connected))
-        metrics.bus_subscriptions.set_function(lambda: float(len(self._subscriptions)))
+        self._client: Client | None = None
+        self._lost = asyncio.Event()
+        self._topics: dict[UUID, Topic] = {}
+        self._outgoing: deque[Outgoing] = deque()
+        self._waiters: list[asyncio.Future[None]] = []
+        self._round: Round | None = None
+        self._rounds = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._keeping: asyncio.Task[None] | None = None
+        metrics.bus_connected.set_function(lambda: float(self.connected))
+        metrics.bus_subscriptions.set_function(lambda: float(len(self._topics)))
+        metrics.bus_outgoing.set_function(lambda: float(len(self._outgoing)))
 
     @classmethod
-    async def open(
-        cls, url: str, *, prefix: str, name: str, on_message: OnMessage, on_gap: OnGap, metrics: Metrics
-    ) -> Self:
-        client = Client()
-        bus = cls(client, prefix, on_message, on_gap, metrics)
+    async def open(cls, url: str, **options: Any) -> Self:
+        """Connect; raises StartError. The options are those of the constructor."""
+        bus = cls(url, **options)
         try:
-            await client.connect(
-                url,
-                name=name,
-                connect_timeout=CONNECT_TIMEOUT_S,
-                max_reconnect_attempts=1,
-                allow_reconnect=True,
-                reconnect_time_wait=RECONNECT_WAIT_S,
-                ping_interval=PING_INTERVAL_S,
-                error_cb=bus._on_error,
-                reconnected_cb=bus._on_reconnected,
-                disconnected_cb=bus._on_disconnected,
-            )
-        except (NatsError, OSError, TimeoutError) as error:
-            raise StartError(f"NATS cannot be reached: {error or type(error).__name__}") from error
-        client.options["max_reconnect_attempts"] = -1
+            bus._client = await bus._connect()
+            await bus.confirm()
+        except (NatsError, OSError, TimeoutError, Unavailable) as error:
+            await bus._drop_client()
+            raise StartError(f"NATS cannot be reached: {str(error) or type(error).__name__}") from error
+        bus._keeping = asyncio.create_task(bus._keep())
         return bus
 
     @property
     def connected(self) -> bool:
-        return bool(self._client.is_connected)
+        """Whether the server can be counted on, as far as is known."""
+        return self._client is not None and not self._is_late()
+
+    # --- subscriptions
 
     async def subscribe(self, classroom_id: UUID) -> None:
-        subscribed = self._subscriptions.get(classroom_id)
-        if subscribed is None:
-            subscribed = self._subscriptions[classroom_id] = Subscribed()
-            subscribed.users = 1
-            try:
-                subscribed.subscription = await self._client.subscribe(
-                    f"{self._prefix}.{classroom_id}.*",
-                    cb=self._deliver,
-                    pending_msgs_limit=PENDING_MESSAGES,
-                    pending_bytes_limit=PENDING_BYTES,
-                )
-            except NatsError as error:
-                self.release(classroom_id)
-                raise Unavailable("NATS is away") from error
-        else:
-            subscribed.users += 1
-        if subscribed.active:
+        """Count one user more of the classroom's subscription; raises Unavailable. `confirm` proves that it is active."""
+        topic = self._topics.get(classroom_id)
+        if topic is not None:
+            topic.users += 1
             return
+        client = self._client
+        if client is None:
+            raise Unavailable("NATS is away")
+        topic = self._topics[classroom_id] = Topic(classroom_id, self._on_message)
+        topic.users = 1
         try:
-            await self.flush()
-        except BaseException:
+            await self._subscribe(client, topic)
+        except NatsError as error:
             self.release(classroom_id)
-            raise
-        subscribed.active = True
+            raise Unavailable("NATS is away") from error
+
+    async def _subscribe(self, client: Client, topic: Topic) -> None:
+        topic.remote = await client.subscribe(
+            f"{self._prefix}.{topic.classroom_id}.*",
+            cb=topic.deliver,
+            pending_msgs_limit=PENDING_MESSAGES,
+            pending_bytes_limit=PENDING_BYTES,
+        )
 
     def release(self, classroom_id: UUID) -> None:
-        subscribed = self._subscriptions[classroom_id]
-        subscribed.users -= 1
-        if subscribed.users == 0:
-            del self._subscriptions[classroom_id]
-            if subscribed.subscription is not None and not self._client.is_closed:
-                asyncio.get_running_loop().create_task(subscribed.subscription.unsubscribe())
+        """One user less; the last one ends the subscription."""
+        topic = self._topics[classroom_id]
+        topic.users -= 1
+        if topic.users == 0:
+            del self._topics[classroom_id]
+            if topic.remote is not None:
+                self._spawn(self._unsubscribe(topic.remote))
 
-    async def _deliver(self, message: Msg) -> None:
-        self._on_message(message.subject, message.data, message.headers)
+    async def _unsubscribe(self, remote: Subscription) -> None:
+        try:
+            await remote.unsubscribe()
+        except NatsError:
+            return  # its connection has gone, and the subscription with it
+
+    # --- publishing
 
     def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
+        """Send it behind all that was published before; kept while NATS is away. Never blocks."""
+        if len(self._outgoing) >= MAX_OUTGOING:
+            self._outgoing.popleft()
+            self._metrics.bus_dropped.inc()
+            log.error("publish_dropped", limited=True, waiting=len(self._outgoing))
         self._outgoing.append((subject, payload, headers))
-        if self._next_flush is None and self._flushing is None:
-            self._flushing = asyncio.get_running_loop().create_task(self._flush())
+        self._kick()
 
-    async def flush(self) -> None:
+    async def confirm(self) -> None:
+        """Return when the server has all that was subscribed and published before this call; raises Unavailable."""
         if not self.connected:
             raise Unavailable("NATS is away")
-        if self._flushing is None:
-            task = self._flushing = asyncio.get_running_loop().create_task(self._flush())
-        else:
-            if self._next_flush is None:
-                self._next_flush = asyncio.get_running_loop().create_task(self._flush_after(self._flushing))
-            task = self._next_flush
-        await asyncio.shield(task)
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        self._kick()
+        await waiter
 
-    async def _flush_after(self, earlier: asyncio.Task[None]) -> None:
-        await asyncio.wait([earlier])
-        self._flushing, self._next_flush = self._next_flush, None
-        await self._flush()
+    def _kick(self) -> None:
+        if self._outgoing or self._waiters:
+            self._start_round()
 
-    async def _flush(self) -> None:
+    def _start_round(self) -> None:
+        """Unless one is under way: what comes meanwhile forms the next."""
+        if self._round is None and self._client is not None:
+            self._rounds += 1
+            waiters, self._waiters = self._waiters, []
+            self._round = Round(self._rounds, waiters)
+            self._spawn(self._send(self._client, self._round))
+
+    async def _send(self, client: Client, current: Round) -> None:
+        asyncio.get_running_loop().call_later(CONFIRM_TIMEOUT_S, self._on_late, current)
         try:
-            while self._outgoing:
-                subject, payload, headers = self._outgoing[0]
-                await self._client.publish(subject, payload, headers=headers)
-                self._outgoing.popleft()
-            await self._client.flush(FLUSH_TIMEOUT_S)
-        except (NatsError, TimeoutError) as error:
-            raise Unavailable("NATS is away") from error
-        finally:
-            if self._flushing is asyncio.current_task():
-                self._flushing = None
+            # As many as there are now: the rest may come as fast as they are sent.
+            for _ in range(len(self._outgoing)):
+                message = self._outgoing.popleft()
+                current.messages.append(message)
+                await self._send_one(client, *message)
+            if not self._outgoing:  # whoever came meanwhile has nothing behind the echo: it is their proof too
+                current.waiters += self._waiters
+                self._waiters = []
+            await client.publish(self._echo_subject, b"%d" % current.number)
+        except (NatsError, OSError) as error:
+            log.warning("publish_failed", limited=True, error=repr(error))
+            if client is self._client:
+                await self._drop_client()
 
-    async def _on_error(self, error: Exception) -> None:
-        self._metrics.bus_errors.labels(type(error).__name__).inc()
-        log.warning("nats_error", limited=True, error=repr(error))
-        if isinstance(error, SlowConsumerError):
-            self._on_gap(UUID(str(error.subject).split(".")[-2]))
+    async def _send_one(self, client: Client, subject: str, payload: bytes, headers: dict[str, str]) -> None:
+        try:
+            await client.publish(subject, payload, headers=headers)
+        except (BadHeaderError, BadSubjectError, MaxPayloadError) as error:  # no connection would take it
+            self._metrics.bus_dropped.inc()
+            log.error("publish_refused", limited=True, error=repr(error))
 
-    async def _on_reconnected(self) -> None:
+    async def _on_echo(self, message: Msg) -> None:
+        current = self._round
+        if current is None or message.data != b"%d" % current.number:
+            return  # of an earlier connection
+        self._round = None
+        self._metrics.bus_flush_seconds.observe(time.perf_counter() - current.started)
+        current.settle()
+        self._kick()
+
+    def _on_late(self, late: Round) -> None:
+        if late is self._round:
+            log.warning("nats_late", limited=True, after_s=CONFIRM_TIMEOUT_S)
+            late.settle(Unavailable("NATS does not answer"))
+            self._fail_waiters()
+
+    def _is_late(self) -> bool:
+        return self._round is not None and time.perf_counter() - self._round.started >= CONFIRM_TIMEOUT_S
+
+    def _fail_waiters(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_exception(Unavailable("NATS is away"))
+
+    # --- one connection after the other
+
+    async def _connect(self) -> Client:
+        """A client with all subscriptions made, not yet proven."""
+        client = Client()
+
+        async def on_closed() -> None:
+            if client is self._client:
+                await self._drop_client()
+
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await client.connect(
+                    self._servers,
+                    name=self._name,
+                    connect_timeout=int(CONNECT_TIMEOUT_S),
+                    allow_reconnect=False,
+                    max_reconnect_attempts=1,
+                    reconnect_time_wait=0,
+                    ping_interval=PING_INTERVAL_S,
+                    error_cb=self._on_error,
+                    closed_cb=on_closed,
+                )
+                await client.subscribe(self._echo_subject, cb=self._on_echo)
+                for topic in list(self._topics.values()):
+                    await self._subscribe(client, topic)
+                    if not topic.users and topic.remote is not None:  # released meanwhile
+                        await self._unsubscribe(topic.remote)
+        except BaseException:
+            await _close(client)
+            raise
+        return client
+
+    async def _keep(self) -> None:
+        """Prove the connection while it lives, replace it when it does not."""
+        while True:
+            if self._client is None:
+                await self._reconnect()
+            try:
+                await asyncio.wait_for(self._lost.wait(), WATCH_INTERVAL_S)
+            except TimeoutError:
+                current = self._round
+                if current is None:
+                    self._start_round()
+                elif time.perf_counter() - current.started >= STUCK_AFTER_S:
+                    log.error("nats_stuck", limited=True)
+                    await self._drop_client()
+
+    async def _reconnect(self) -> None:
+        backoff_s = FIRST_BACKOFF_S
+        while self._client is None:
+            try:
+                client = await self._connect()
+            except (NatsError, OSError, TimeoutError) as error:
+                log.warning("nats_not_reached", limited=True, error=repr(error))
+                await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
+                backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
+                continue
+            except Exception as error:  # a fault of the client must not end the keeping
+                log.error("nats_client_failed", limited=True, error=repr(error), exc_info=error)
+                await asyncio.sleep(MAX_BACKOFF_S)
+                continue
+            self._lost.clear()
+            self._client = client
+        log.info("nats_back", outgoing=len(self._outgoing))
         self._metrics.bus_reconnects.inc()
+        self._kick()
         self._on_gap(None)
 
-    async def _on_disconnected(self) -> None:
-        log.warning("nats_disconnected", limited=True)
+    async def _drop_client(self) -> None:
+        """This connection is over: who waits is refused, what was not proven goes out again on the next."""
+        client, self._client = self._client, None
+        self._lost.set()
+        current, self._round = self._round, None
+        if current is not None:
+            self._outgoing.extendleft(reversed(current.messages))
+            current.settle(Unavailable("NATS is away"))
+        self._fail_waiters()
+        if client is not None:
+            if self._keeping is not None:
+                log.warning("nats_lost", limited=True)
+            await _close(client)
+
+    async def _on_error(self, error: Exception) -> None:
+        """Called by the client, out of its own loops: must not raise."""
+        self._metrics.bus_errors.labels(type(error).__name__).inc()
+        if isinstance(error, SlowConsumerError):
+            self._on_gap(str(error.subject).split(".")[-2])
+        elif self._keeping is not None:
+            log.warning("nats_error", limited=True, error=repr(error))
 
     async def close(self) -> None:
+        """Send what waits, for CLOSE_TIMEOUT_S at the most, and go."""
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self.flush()
+                await self.confirm()
         except (Unavailable, TimeoutError) as error:
-            log.error("leaves_lost", count=len(self._outgoing), error=repr(error))
-        await self._client.close()
+            unproven = len(self._outgoing) + (len(self._round.messages) if self._round else 0)
+            if unproven:
+                log.error("publishes_lost", count=unproven, error=repr(error))
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.wait([self._keeping])
+            self._keeping = None
+        await self._drop_client()
+        for task in self._tasks:
+            task.cancel()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _close(client: Client) -> None:
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await client.close()
+    except Exception as error:  # half open, or closing already: it is given up either way
+        log.debug("nats_close_failed", error=repr(error))

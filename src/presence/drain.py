@@ -67,7 +67,8 @@ class Drain:
                 await asyncio.sleep(0)
 
     async def _until_empty(self, deadline: float) -> None:
-        while len(self._hub) and time.monotonic() < deadline:
+        # Asked again and again for ten seconds, once in a life; an event would cost something at every close before.
+        while len(self._hub) and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(POLL_S)
 
     async def _write(self) -> bool:
@@ -76,7 +77,7 @@ class Drain:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await self._steps.settled()
                 await self._store.flush()
-                await self._bus.flush()
+                await self._bus.confirm()
         except Exception as error:
             log.error("drain_incomplete", error=repr(error), under_way=len(self._steps))
             return False

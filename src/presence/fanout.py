@@ -6,6 +6,7 @@ sockets.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
@@ -27,17 +28,21 @@ SENDER: Final = "Sender-Agent-Id"
 RECEIVER: Final = "Receiver-Agent-Id"
 INTERNAL: Final = "Is-Internal"
 MESSAGE_ID: Final = "Nats-Msg-Id"
+GAP_DELAY_S: Final = 0.25
 
 
 class Classroom:
     """The agents of one classroom on this replica, and their room in the hub."""
 
-    __slots__ = ("agents", "missed", "room")
+    __slots__ = ("agents", "gap_timer", "lost", "missed", "room")
 
     def __init__(self, room: Room) -> None:
         self.room = room
         self.agents: dict[str, Agent] = {}
-        self.missed = 0  # events refused since the members were last told of a gap
+        # Since the members were last told of a gap:
+        self.missed = 0  # events refused here
+        self.lost = False  # events lost before they came here, nobody knows how many
+        self.gap_timer: asyncio.TimerHandle | None = None
 
 
 class Fanout:
@@ -116,18 +121,31 @@ class Fanout:
     def on_room_drained(self, room: Room) -> None:
         """A room that had to refuse events has room again: its members learn how many they missed."""
         classroom = self._classrooms.get(room.tag)
-        if classroom is not None and classroom.missed:
-            missed, classroom.missed = classroom.missed, 0
-            self._tell_gap(classroom, missed, "flood")
+        if classroom is not None:
+            self._tell_gap(classroom, "flood")
 
-    def on_gap(self, classroom_id: UUID | None) -> None:
-        """Messages were lost before they came here, nobody knows how many: of one classroom, or of all."""
+    def on_gap(self, classroom_id: str | None) -> None:
+        """Messages were lost before they came here, nobody knows how many: of one classroom, or (None) of all."""
         if classroom_id is None:
             for classroom in self._classrooms.values():
-                self._tell_gap(classroom, None, "bus")
-        elif (classroom := self._classrooms.get(str(classroom_id))) is not None:
-            self._tell_gap(classroom, None, "bus")
+                classroom.lost = True
+                self._tell_gap(classroom, "outage")
+            return
+        lossy = self._classrooms.get(classroom_id)
+        if lossy is not None and lossy.gap_timer is None:
+            # One loss seldom comes alone: those of a moment are told as one.
+            lossy.lost = True
+            lossy.gap_timer = asyncio.get_running_loop().call_later(GAP_DELAY_S, self._on_gap_timer, lossy)
 
-    def _tell_gap(self, classroom: Classroom, missed: int | None, cause: str) -> None:
-        self._metrics.gaps.labels(cause).inc()
-        classroom.room.broadcast(encode_frame(OPCODE_TEXT, protocol.encode_gap(missed)))
+    def _on_gap_timer(self, classroom: Classroom) -> None:
+        classroom.gap_timer = None
+        self._tell_gap(classroom, "slow_consumer")
+
+    def _tell_gap(self, classroom: Classroom, cause: str) -> None:
+        if not (classroom.lost or classroom.missed):
+            return
+        gap = protocol.encode_gap(None if classroom.lost else classroom.missed)
+        # A room that refuses this too calls on_room_drained later: nothing is forgotten until then.
+        if classroom.room.broadcast(encode_frame(OPCODE_TEXT, gap)):
+            classroom.missed, classroom.lost = 0, False
+            self._metrics.gaps.labels(cause).inc()

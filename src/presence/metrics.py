@@ -97,9 +97,11 @@ class Metrics:
     def _add_bus(self) -> None:
         self.bus_connected = self._gauge("bus_connected", "1 while connected to NATS")
         self.bus_subscriptions = self._gauge("bus_subscriptions", "Classrooms subscribed to")
+        self.bus_outgoing = self._gauge("bus_outgoing", "Messages that wait to be published")
+        self.bus_dropped = self._counter("bus_dropped", "Messages that could not be published, nor kept any longer")
         self.bus_reconnects = self._counter("bus_reconnects", "Reconnects to NATS")
         self.bus_errors = self._counter("bus_errors", "Errors of the NATS client, by kind", "kind")
-        self.bus_flush_seconds = self._histogram("bus_flush_seconds", "Round trip of a flush to the NATS server")
+        self.bus_flush_seconds = self._histogram("bus_flush_seconds", "Publishing what waits, until the echo proves it")
 
     def register_hub(self, read: Callable[[], Mapping[str, Any]]) -> None:
         """Add what the hub counts in C; `read` is called once per scrape and must only copy numbers.

@@ -38,9 +38,12 @@ class Outbound:
     async def exchange(self, method: str, url: str, json: Any = None) -> tuple[int, bytes]:
         """Status and body of the answer; raises ExchangeFailed."""
         try:
-            async with self._turns, asyncio.timeout(self._timeout_s):
-                async with self._client.stream(method, url, json=json) as response:
-                    return response.status_code, await self._read(response)
+            async with (
+                self._turns,
+                asyncio.timeout(self._timeout_s),
+                self._client.stream(method, url, json=json) as response,
+            ):
+                return response.status_code, await self._read(response)
         except TimeoutError:
             raise ExchangeFailed("timed out") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:

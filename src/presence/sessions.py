@@ -18,13 +18,14 @@ from uuid import UUID
 from presence_core.hub import Room
 
 from presence import protocol, reasons
-from presence.errors import SessionError
+from presence.errors import SessionError, Unavailable
 from presence.log import get
 
 if TYPE_CHECKING:
     from presence.bus import Bus
     from presence.connection import Agent
     from presence.fanout import Fanout
+    from presence.metrics import Metrics
     from presence.reasons import Reason
     from presence.steps import Steps
     from presence.store import ClosedSession, Store
@@ -79,11 +80,14 @@ class Turns:
 
 
 class Sessions:
-    def __init__(self, store: Store, bus: Bus, fanout: Fanout, steps: Steps, subject_prefix: str) -> None:
+    def __init__(
+        self, store: Store, bus: Bus, fanout: Fanout, steps: Steps, metrics: Metrics, *, subject_prefix: str
+    ) -> None:
         self._store = store
         self._bus = bus
         self._fanout = fanout
         self._steps = steps
+        self._metrics = metrics
         self._subject_prefix = subject_prefix
         self._turns = Turns()
         self._unannounced: set[int] = set()  # sessions whose agent.enter was never published
@@ -103,6 +107,8 @@ class Sessions:
         """
         assert agent.classroom_id is not None
         key = agent.classroom_id, agent.agent_id
+        if not (self._store.healthy and self._bus.connected):
+            raise Unavailable  # at once: its turn may be a close that waits for the same outage to end
         async with self._turns.of(key):
             if not agent.is_open:
                 raise Gone
@@ -115,8 +121,9 @@ class Sessions:
                 if predecessor is not None:  # its session has nobody now, unless the next in turn carries it on
                     self._steps.spawn(self.leave(predecessor, reasons.REPLACED))
                 raise
-            # The session is silent to the others when it goes on: from a connection here, or from another replica.
-            silent = predecessor is not None or session.outcome == "taken_over"
+            # The session is silent to the others when it goes on: from a connection here, or from another replica. One
+            # that had to be made anew is not, predecessor or not: they have been told that the old one is over.
+            silent = session.outcome != "created"
             if not silent:
                 self._unannounced.add(session.session_id)
             try:
@@ -142,14 +149,10 @@ class Sessions:
         await self._bus.subscribe(agent.classroom_id)
         try:
             if not silent:
-                self._publish(
-                    agent.classroom_id,
-                    agent.agent_id,
-                    f"{session_id}.enter",
-                    protocol.encode_agent_enter(agent.agent_id, session_id, started_at),
-                )
+                enter = protocol.encode_agent_enter(agent.agent_id, session_id, started_at)
+                self._publish("agent.enter", agent.classroom_id, agent.agent_id, session_id, enter)
                 self._unannounced.discard(session_id)
-                await self._bus.flush()
+            await self._bus.confirm()  # NATS works in order: the subscription is active, and enter came after it
             room = self._fanout.enter(agent.classroom_id, agent)
             if not welcome(agent, session_id, room):
                 self._fanout.leave(agent.classroom_id, agent)
@@ -183,13 +186,10 @@ class Sessions:
             if row.session_id in self._unannounced:
                 self._unannounced.discard(row.session_id)
                 continue
-            self._publish(
-                row.classroom_id,
-                row.agent_id,
-                f"{row.session_id}.leave",
-                protocol.encode_agent_leave(row.agent_id, row.session_id, row.ended_at),
-            )
+            leave = protocol.encode_agent_leave(row.agent_id, row.session_id, row.ended_at)
+            self._publish("agent.leave", row.classroom_id, row.agent_id, row.session_id, leave)
 
-    def _publish(self, classroom_id: UUID, agent_id: str, message_id: str, payload: bytes) -> None:
-        headers = {"Sender-Agent-Id": agent_id, "Nats-Msg-Id": message_id}
+    def _publish(self, kind: str, classroom_id: UUID, agent_id: str, session_id: int, payload: bytes) -> None:
+        headers = {"Sender-Agent-Id": agent_id, "Nats-Msg-Id": f"{session_id}.{kind}"}
         self._bus.publish(f"{self._subject_prefix}.{classroom_id}.agent", payload, headers)
+        self._metrics.events_out.labels(kind).inc()

@@ -1,0 +1,261 @@
+"""The bus over a real nats-server: what an echo proves, and what is left when the server stands still, dies or is cut off."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import nats
+import pytest
+from nats.aio.client import Client as Nats
+
+from presence import bus as bus_module
+from presence.bus import Bus
+from presence.errors import StartError, Unavailable
+from presence.metrics import Metrics
+from servers import NatsServer
+from waiting import SCALE, eventually, within
+
+ROOM = uuid.uuid4()
+
+
+class Heard:
+    """What the bus passed on."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, bytes]] = []
+        self.gaps: list[str | None] = []
+        self.hold: Callable[[], None] | None = None
+
+    def on_message(self, subject: str, data: bytes, headers: Any) -> None:
+        if self.hold is not None:
+            self.hold()
+        self.messages.append((subject, data))
+
+
+@asynccontextmanager
+async def running_bus(url: str) -> AsyncIterator[tuple[Bus, Heard, Metrics]]:
+    heard, metrics = Heard(), Metrics()
+    bus = await Bus.open(
+        url,
+        prefix="classrooms",
+        name="test",
+        echo_subject=f"presence.replica.{uuid.uuid4()}.echo",
+        on_message=heard.on_message,
+        on_gap=heard.gaps.append,
+        metrics=metrics,
+    )
+    try:
+        yield bus, heard, metrics
+    finally:
+        await within(bus.close())
+
+
+@pytest.fixture
+async def other(nats_url: str) -> AsyncIterator[Nats]:
+    client = await nats.connect(nats_url)
+    yield client
+    await client.close()
+
+
+async def keep(client: Nats, subject: str) -> list[bytes]:
+    """Everything that comes on a subject from now on."""
+    messages: list[bytes] = []
+
+    async def note(message: Any) -> None:
+        messages.append(message.data)
+
+    await client.subscribe(subject, cb=note)
+    await client.flush()
+    return messages
+
+
+async def test_what_is_confirmed_is_active_at_the_server(nats_url: str, other: Nats) -> None:
+    async with running_bus(nats_url) as (bus, heard, _):
+        for number in range(200):
+            room = uuid.uuid4()
+            await bus.subscribe(room)
+            await within(bus.confirm())
+            await other.publish(f"classrooms.{room}.chat", b"%d" % number)
+            await other.flush()
+        await eventually(lambda: len(heard.messages) == 200)
+
+
+async def test_what_is_confirmed_is_published_and_in_order(nats_url: str, other: Nats) -> None:
+    messages = await keep(other, f"classrooms.{ROOM}.agent")
+    async with running_bus(nats_url) as (bus, _, _):
+        for number in range(1000):
+            bus.publish(f"classrooms.{ROOM}.agent", b"%d" % number, {})
+            if number % 100 == 50:
+                await within(bus.confirm())
+                await other.flush()  # the server sends it before it answers this
+                assert messages == [b"%d" % earlier for earlier in range(number + 1)]
+
+
+async def test_what_is_published_goes_out_without_anybody_waiting(nats_url: str, other: Nats) -> None:
+    messages = await keep(other, f"classrooms.{ROOM}.agent")
+    async with running_bus(nats_url) as (bus, _, _):
+        bus.publish(f"classrooms.{ROOM}.agent", b"1", {})
+        await eventually(lambda: messages == [b"1"])
+        confirming = asyncio.create_task(bus.confirm())
+        await asyncio.sleep(0)
+        bus.publish(f"classrooms.{ROOM}.agent", b"2", {})  # a round is under way
+        await eventually(lambda: messages == [b"1", b"2"])
+        await confirming
+
+
+async def test_a_subscription_lives_as_long_as_its_last_user(nats_url: str, other: Nats) -> None:
+    async with running_bus(nats_url) as (bus, heard, _):
+        await bus.subscribe(ROOM)
+        await bus.subscribe(ROOM)
+        bus.release(ROOM)
+        await within(bus.confirm())
+        await other.publish(f"classrooms.{ROOM}.chat", b"1")
+        await eventually(lambda: len(heard.messages) == 1)
+        for number in range(100):  # the end of the one and the beginning of the next overlap at the server
+            bus.release(ROOM)
+            await bus.subscribe(ROOM)
+            await within(bus.confirm())
+            await other.publish(f"classrooms.{ROOM}.chat", b"again")
+            await eventually(lambda expected=number + 2: len(heard.messages) == expected)
+        bus.release(ROOM)
+        await within(bus.confirm())
+        await other.publish(f"classrooms.{ROOM}.chat", b"nobody")
+        await other.flush()
+        await within(bus.confirm())
+        assert len(heard.messages) == 101
+
+
+async def test_a_message_that_no_connection_would_take_stops_nothing(nats_url: str, other: Nats) -> None:
+    messages = await keep(other, f"classrooms.{ROOM}.agent")
+    async with running_bus(nats_url) as (bus, _, metrics):
+        bus.publish(f"classrooms.{ROOM}.agent", b"x" * (2 << 20), {})
+        bus.publish(f"classrooms.{ROOM}.agent", b"fits", {})
+        await within(bus.confirm())
+        await eventually(lambda: messages == [b"fits"])
+        assert metrics.bus_dropped._value.get() == 1
+
+
+async def test_the_server_restarts(own_nats: NatsServer) -> None:
+    async with running_bus(own_nats.url) as (bus, heard, _):
+        await bus.subscribe(ROOM)
+        await within(bus.confirm())
+        own_nats.kill()
+        await eventually(lambda: not bus.connected)
+        with pytest.raises(Unavailable):
+            await bus.confirm()
+        with pytest.raises(Unavailable):
+            await bus.subscribe(uuid.uuid4())
+        released = uuid.uuid4()
+        for number in range(50):
+            bus.publish(f"classrooms.{ROOM}.agent", b"%d" % number, {})
+        own_nats.start()
+        await eventually(lambda: bus.connected, 10)
+        await within(bus.confirm())
+        # It heard itself: the subscription is whole again, and what was kept went out, in order.
+        await eventually(lambda: [data for _, data in heard.messages] == [b"%d" % number for number in range(50)])
+        assert heard.gaps == [None]
+        assert released not in bus._topics
+
+
+async def test_what_was_not_proven_goes_out_again(own_nats: NatsServer) -> None:
+    async with running_bus(own_nats.url) as (bus, heard, _):
+        await bus.subscribe(ROOM)
+        await within(bus.confirm())
+        own_nats.pause()
+        bus.publish(f"classrooms.{ROOM}.agent", b"unproven", {})
+        with pytest.raises(Unavailable):
+            await within(bus.confirm(), 10)
+        own_nats.kill()  # with the message in its socket
+        own_nats.start()
+        await eventually(lambda: [data for _, data in heard.messages] == [b"unproven"], 15)
+
+
+async def test_a_server_that_stands_still_is_away_until_it_answers(own_nats: NatsServer) -> None:
+    async with running_bus(own_nats.url) as (bus, heard, _):
+        await bus.subscribe(ROOM)
+        own_nats.pause()
+        started = asyncio.get_running_loop().time()
+        waiting = [asyncio.create_task(bus.confirm()) for _ in range(3)]
+        for task in waiting:
+            with pytest.raises(Unavailable):
+                await within(task, 10)
+        assert asyncio.get_running_loop().time() - started < bus_module.CONFIRM_TIMEOUT_S + 0.5 * SCALE
+        assert not bus.connected
+        own_nats.resume()
+        await eventually(lambda: bus.connected)
+        await within(bus.confirm())
+        assert heard.gaps == []  # the connection has held, nothing was lost
+
+
+async def test_a_client_whose_read_loop_has_died_is_replaced(
+    own_nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bus_module, "WATCH_INTERVAL_S", 0.05)
+    monkeypatch.setattr(bus_module, "STUCK_AFTER_S", 0.2)
+    async with running_bus(own_nats.url) as (bus, heard, _):
+        await bus.subscribe(ROOM)
+        await within(bus.confirm())
+        assert bus._client is not None
+        dead = bus._client
+
+        async def fail(data: bytes) -> None:
+            raise RuntimeError("a fault in the parser")
+
+        monkeypatch.setattr(dead._ps, "parse", fail)
+        await eventually(lambda: bus._client not in (dead, None))
+        bus.publish(f"classrooms.{ROOM}.chat", b"alive", {})
+        await within(bus.confirm())
+        await eventually(lambda: heard.messages)
+        assert heard.gaps == [None]
+
+
+async def test_messages_dropped_before_they_were_read_are_a_gap(
+    nats_url: str, other: Nats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bus_module, "PENDING_MESSAGES", 10)
+    async with running_bus(nats_url) as (bus, heard, _):
+        await bus.subscribe(ROOM)
+        await within(bus.confirm())
+        for number in range(5000):
+            await other.publish(f"classrooms.{ROOM}.chat", b"%d" % number)
+        await other.flush()
+        await within(bus.confirm())
+        assert len(heard.messages) < 5000
+        assert set(heard.gaps) == {str(ROOM)}
+
+
+async def test_what_waits_while_the_server_is_away_is_bounded(
+    own_nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bus_module, "MAX_OUTGOING", 10)
+    async with running_bus(own_nats.url) as (bus, heard, metrics):
+        await bus.subscribe(ROOM)
+        await within(bus.confirm())
+        own_nats.kill()
+        await eventually(lambda: not bus.connected)
+        for number in range(15):
+            bus.publish(f"classrooms.{ROOM}.agent", b"%d" % number, {})
+        assert metrics.bus_dropped._value.get() == 5
+        own_nats.start()
+        await eventually(lambda: [data for _, data in heard.messages] == [b"%d" % number for number in range(5, 15)])
+
+
+async def test_close_sends_what_waits(nats_url: str, other: Nats) -> None:
+    messages = await keep(other, f"classrooms.{ROOM}.agent")
+    async with running_bus(nats_url) as (bus, _, _):
+        for number in range(100):
+            bus.publish(f"classrooms.{ROOM}.agent", b"%d" % number, {})
+    await other.flush()
+    assert len(messages) == 100
+
+
+async def test_a_start_without_a_server_says_so_in_one_line() -> None:
+    with pytest.raises(StartError) as caught:
+        async with running_bus("nats://127.0.0.1:1"):
+            pass
+    assert "NATS cannot be reached" in str(caught.value)
+    assert "\n" not in str(caught.value)
