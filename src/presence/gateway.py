@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import errno
 import logging
 import os
+import re
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Final
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Final
 
+import aiofastnet
 import picows
 import picows.picows
 from presence_core.hub import Hub
@@ -42,6 +44,20 @@ RETRY_AFTER_S: Final = 2
 WEBSOCKET_VERSION: Final = "13"
 KEY_BYTES: Final = 16
 
+# The request target may be a whole URL (RFC 9112 section 3.2.2), and may have a query.
+RESOURCE: Final = re.compile(rb"(?:(?i:https?)://[^/?#]*)?/ws(?:\?[^#]*)?")
+HOST_PATTERN: Final = r"(?P<name>\[[0-9A-Fa-f:.]+\]|[^\s/?#@\\:\[\],]+)(?::[0-9]{1,5})?"
+HOST: Final = re.compile(HOST_PATTERN)
+ORIGIN: Final = re.compile("https?://" + HOST_PATTERN)
+
+
+# picows tells the refusals of its own apart by their texts only; what is not listed is a malformed request.
+PICOWS_REFUSALS: Final[tuple[tuple[bytes, HTTPStatus, dict[str, str]], ...]] = (
+    (b"Unsupported HTTP method", HTTPStatus.METHOD_NOT_ALLOWED, {"Allow": "GET"}),
+    (b"Unsupported HTTP version", HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, {}),
+    (b"HTTP request contains more than", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, {}),
+)
+
 
 class PlainRefusals(picows.WSUpgradeResponse):
     """The answers to requests that picows refuses on its own: the right status, and no exception's text.
@@ -50,20 +66,61 @@ class PlainRefusals(picows.WSUpgradeResponse):
     """
 
     @staticmethod
-    def create_error_response(
-        status: int | HTTPStatus, body: bytes | None = None, extra_headers: object = None
-    ) -> object:
-        if body is not None and body.startswith(b"Unsupported HTTP method"):
-            return refusal(HTTPStatus.METHOD_NOT_ALLOWED, {"Allow": "GET"})
+    def create_error_response(status: int | HTTPStatus, body: bytes | None = None, extra_headers: Any = None) -> Any:
+        for text, right_status, headers in PICOWS_REFUSALS:
+            if body is not None and body.startswith(text):
+                return refusal(right_status, headers)
         return refusal(HTTPStatus(status))
 
 
-picows.picows.WSUpgradeResponse = PlainRefusals
+picows.picows.WSUpgradeResponse = PlainRefusals  # type: ignore[attr-defined]
 
 
 def refusal(status: HTTPStatus, headers: dict[str, str] | None = None) -> picows.WSUpgradeResponse:
     body = f"{status.value} {status.phrase}\n".encode()
-    return picows.WSUpgradeResponse.create_error_response(status, body, headers)
+    response: picows.WSUpgradeResponse = picows.WSUpgradeResponse.create_error_response(status, body, headers)
+    response.headers["Connection"] = "close"
+    return response
+
+
+class Handshake(picows.picows.WSProtocol):  # type: ignore[name-defined,misc]
+    """picows' side of one upgrade request. None ends unanswered, and `on_answer` is told the status of each.
+
+    On a head that is too large picows just closes; on one that is too slow it also leaves an exception that nobody takes.
+    """
+
+    __slots__ = ("_on_answer",)
+
+    def __init__(self, screen: Callable[[Any], Any], on_answer: Callable[[int], None], logger: Any) -> None:
+        auto_ping = (False, 0, 0, picows.WSAutoPingStrategy.PING_WHEN_IDLE)
+        auto_pong, max_frame_bytes = False, 0  # the hub's concern
+        super().__init__(
+            None, None, False, screen, logger, True, HANDSHAKE_TIMEOUT_S, *auto_ping, auto_pong, max_frame_bytes, None,
+            READ_BUFFER_INIT_BYTES,
+        )  # fmt: skip
+        self._on_answer: Callable[[int], None] | None = on_answer
+
+    def buffer_updated(self, size: int) -> None:
+        super().buffer_updated(size)
+        if self.transport.response is not None:
+            self._answered(self.transport.response.status)
+        elif self.transport.underlying_transport.is_closing():
+            self._answer(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+
+    def _handshake_timeout_callback(self) -> None:
+        self._answer(HTTPStatus.REQUEST_TIMEOUT)
+        self.transport.disconnect()
+
+    def _answer(self, status: HTTPStatus) -> None:
+        # Past the transport: it may be closing and would take no more. A new socket has room for this.
+        with contextlib.suppress(OSError):
+            os.write(self.transport.underlying_transport.get_extra_info("socket").fileno(), refusal(status).to_bytes())
+        self._answered(status)
+
+    def _answered(self, status: HTTPStatus) -> None:
+        if self._on_answer is not None:
+            on_answer, self._on_answer = self._on_answer, None
+            on_answer(status.value)
 
 
 class AcceptedSocket(socket.socket):
@@ -144,25 +201,19 @@ class Gateway:
         self._settings = settings
         self._hub = hub
         self._metrics = metrics
-        self._upgraded = metrics.upgrades.labels("101")
         self._upgrade = Upgrade(hub, lambda request: Agent(), self._on_adoption_failed)
         self._server: asyncio.AbstractServer | None = None
-        self._origins = {origin.lower().rstrip("/") for origin in settings.allowed_origins}
+        self._logger = quiet_logger()
+        self._origins = frozenset(settings.allowed_origins)
         self.door: Door | None = None
         self.draining = False
 
     async def open(self) -> None:
         self.door = Door(self._bind(), self._settings.max_handshakes)
-        self._server = await picows.ws_create_server(
-            self._screen,
-            sock=self.door,
-            backlog=ACCEPTS_PER_TURN,
-            websocket_handshake_timeout=HANDSHAKE_TIMEOUT_S,
-            read_buffer_init_size=READ_BUFFER_INIT_BYTES,
-            enable_auto_pong=False,
-            logger_name=quiet_logger(),
+        self._server = await aiofastnet.create_server(
+            asyncio.get_running_loop(), self._new_handshake, sock=self.door, backlog=ACCEPTS_PER_TURN
         )
-        self.door.listen(KERNEL_BACKLOG)  # picows' backlog bounds its accept loop; the kernel's may be long
+        self.door.listen(KERNEL_BACKLOG)  # the server's backlog bounds its accept loop; the kernel's may be long
 
     def _bind(self) -> socket.socket:
         settings = self._settings
@@ -185,49 +236,60 @@ class Gateway:
 
     # --- the upgrade request
 
-    def _screen(self, request: picows.WSUpgradeRequest) -> object:
+    def _new_handshake(self) -> Handshake:
+        return Handshake(self._screen, self._on_answer, self._logger)
+
+    def _on_answer(self, status: int) -> None:
+        self._metrics.upgrades.labels(str(status)).inc()
+
+    def _screen(self, request: picows.WSUpgradeRequest) -> Any:
         """Called by picows with a parsed request. Nothing may be raised: picows would send its text to the client."""
         try:
             refused = self._refuse(request)
         except Exception as error:
             log.error("upgrade_failed", limited=True, error=repr(error), exc_info=error)
             refused = refusal(HTTPStatus.INTERNAL_SERVER_ERROR)
-        if refused is None:
-            self._upgraded.inc()
-            return self._upgrade
-        self._metrics.upgrades.labels(str(refused.status.value)).inc()
-        return picows.WSUpgradeResponseWithListener(refused, None)
+        return self._upgrade if refused is None else picows.WSUpgradeResponseWithListener(refused, None)
 
     def _refuse(self, request: picows.WSUpgradeRequest) -> picows.WSUpgradeResponse | None:
-        headers = request.headers
-        if request.path.partition(b"?")[0] != b"/ws":
+        if RESOURCE.fullmatch(request.path) is None:
             return refusal(HTTPStatus.NOT_FOUND)
         if self.draining or len(self._hub) >= self._settings.max_connections:
             return refusal(HTTPStatus.SERVICE_UNAVAILABLE, {"Retry-After": str(RETRY_AFTER_S)})
-        if headers.get("Upgrade", "").lower() != "websocket" or not asks_for_upgrade(headers.getall("Connection", [])):
-            return refusal(HTTPStatus.UPGRADE_REQUIRED, {"Upgrade": "websocket"})
-        headers["Connection"] = "upgrade"  # picows wants just this; Firefox sends `keep-alive, Upgrade`
-        if headers.get("Sec-WebSocket-Version") != WEBSOCKET_VERSION:
-            return refusal(HTTPStatus.UPGRADE_REQUIRED, {"Sec-WebSocket-Version": WEBSOCKET_VERSION})
-        if not is_key(headers.get("Sec-WebSocket-Key", "")) or not headers.get("Host"):
-            return refusal(HTTPStatus.BAD_REQUEST)
-        origin = headers.get("Origin")
-        if origin is not None and not self._allows(origin, headers["Host"]):
+        flaw = find_flaw(request.headers)
+        if flaw is None and not self._allows(request.headers):
             return refusal(HTTPStatus.FORBIDDEN)
-        return None
+        return flaw
 
-    def _allows(self, origin: str, host: str) -> bool:
+    def _allows(self, headers: Any) -> bool:
         """A browser's page may connect from the origins that are configured; with none, from the host it came from."""
-        if self._origins:
-            return "*" in self._origins or origin.lower() in self._origins
-        return hostname(origin) == hostname(f"//{host}") is not None
+        origins = [origin.lower() for origin in headers.getall("Origin", [])]
+        if self._origins and "*" not in self._origins:
+            return self._origins.issuperset(origins)
+        return "*" in self._origins or all(is_origin_of(origin, headers["Host"].lower()) for origin in origins)
 
     def _on_adoption_failed(self, error: Exception) -> None:
         log.warning("adoption_failed", limited=True, error=repr(error))
 
 
-def asks_for_upgrade(connection: list[str]) -> bool:
-    return any(token.strip().lower() == "upgrade" for line in connection for token in line.split(","))
+def find_flaw(headers: Any) -> picows.WSUpgradeResponse | None:
+    """The refusal of a request that is no opening handshake of version 13 (RFC 6455 section 4.2.1)."""
+    if not lists_token(headers, "Upgrade", "websocket") or not lists_token(headers, "Connection", "upgrade"):
+        return refusal(HTTPStatus.UPGRADE_REQUIRED, {"Upgrade": "websocket"})
+    # picows wants just these words; Firefox sends `keep-alive, Upgrade`.
+    headers["Upgrade"], headers["Connection"] = "websocket", "upgrade"
+    if headers.getall("Sec-WebSocket-Version", []) != [WEBSOCKET_VERSION]:
+        return refusal(HTTPStatus.UPGRADE_REQUIRED, {"Sec-WebSocket-Version": WEBSOCKET_VERSION})
+    keys, hosts = headers.getall("Sec-WebSocket-Key", []), headers.getall("Host", [])
+    if len(keys) != 1 or not is_key(keys[0]) or len(hosts) != 1 or HOST.fullmatch(hosts[0]) is None:
+        return refusal(HTTPStatus.BAD_REQUEST)
+    return None
+
+
+def lists_token(headers: Any, header: str, wanted: str) -> bool:
+    """Whether a header that lists tokens, on one line or several, has this one in any case."""
+    lines: Iterable[str] = headers.getall(header, [])
+    return any(token.strip().lower() == wanted for line in lines for token in line.split(","))
 
 
 def is_key(key: str) -> bool:
@@ -238,11 +300,10 @@ def is_key(key: str) -> bool:
         return False
 
 
-def hostname(url: str) -> str | None:
-    try:
-        return urlsplit(url).hostname
-    except ValueError:
-        return None
+def is_origin_of(origin: str, host: str) -> bool:
+    """Whether a page of this origin came from the same host, whatever the ports; both are in lower case."""
+    page, here = ORIGIN.fullmatch(origin), HOST.fullmatch(host)
+    return page is not None and here is not None and page["name"] == here["name"]
 
 
 def quiet_logger() -> logging.LoggerAdapter[logging.Logger]:

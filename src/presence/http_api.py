@@ -1,7 +1,8 @@
 """The HTTP port: health and metrics for operators, lists and counts for services.
 
-Owns the routes, what they answer and who may ask. Runs in the gateway's loop: every answer is small or paged, at most a few
-are worked on at once, and the text of /metrics is made at most once a second. Knows nothing of sockets or SQL.
+Owns the routes, what they answer, who may ask, and the bounds on connections, requests and their time. Runs in the gateway's
+loop: every answer is small or paged, at most a few are worked on at once, and the text of /metrics is made at most once a
+second. Knows nothing of agents' sockets or SQL.
 """
 
 from __future__ import annotations
@@ -12,16 +13,21 @@ import hmac
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from datetime import datetime
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any, Final
 from uuid import UUID
 
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import ORJSONResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from fastapi.security.utils import get_authorization_scheme_param
 from pydantic import BaseModel, Field
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from presence import reasons
 from presence.errors import SessionError, StartError
@@ -36,9 +42,14 @@ if TYPE_CHECKING:
 AGENTS_PER_PAGE: Final = 1_000
 CLASSROOMS_PER_COUNT: Final = 1_000
 QUERIES_IN_FLIGHT: Final = 4
-REQUESTS_IN_FLIGHT: Final = 64
-METRICS_MAX_AGE_S: Final = 1.0
+CONNECTIONS_MAX: Final = 64
+REQUEST_TIMEOUT_S: Final = 10.0
+REQUEST_MAX_BYTES: Final = 65_536  # head and body: a count of 1,000 classrooms has 40,000
+HEAD_MAX_BYTES: Final = 16_384
 KEEP_ALIVE_S: Final = 5
+METRICS_MAX_AGE_S: Final = 1.0
+SHOWN_FLAWS: Final = 3
+SHOWN_CHARACTERS: Final = 200
 
 
 class AgentRow(BaseModel):
@@ -85,13 +96,12 @@ class HttpApi:
         self._socket = self._bind()
         config = uvicorn.Config(
             self.app(),
-            http="httptools",
+            http=Exchange,
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
-            limit_concurrency=REQUESTS_IN_FLIGHT,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=1,
         )
@@ -126,7 +136,8 @@ class HttpApi:
         app.add_api_route("/healthz", self.healthz, methods=["GET"], tags=["operators"])
         app.add_api_route("/readyz", self.readyz, methods=["GET"], tags=["operators"])
         app.add_api_route("/metrics", self.metrics, methods=["GET"], tags=["operators"], response_class=Response)
-        api = APIRouter(prefix="/api/v1", tags=["services"], dependencies=[Depends(self._authorize)])
+        bearer = Depends(HTTPBearer(auto_error=False))  # for the OpenAPI document: the route class does the check
+        api = APIRouter(prefix="/api/v1", tags=["services"], dependencies=[bearer], route_class=self._guarded_route())
         api.add_api_route("/classrooms/{classroom_id}/agents", self.agents, response_model=list[AgentRow])
         api.add_api_route(
             "/classrooms/{classroom_id}/agents/{agent_id}", self.remove, methods=["DELETE"], status_code=204
@@ -134,6 +145,7 @@ class HttpApi:
         api.add_api_route("/counters/agent", self.count, methods=["POST"], response_model=dict[UUID, int])
         app.include_router(api)
         app.add_exception_handler(SessionError, _on_session_error)
+        app.add_exception_handler(RequestValidationError, _on_invalid_request)
         return app
 
     async def healthz(self) -> dict[str, str]:
@@ -178,12 +190,26 @@ class HttpApi:
         self._lives.end(agent, reasons.REMOVED)
         return Response(status_code=204)
 
-    async def _authorize(
-        self, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
-    ) -> None:
-        given = b"" if credentials is None else credentials.credentials.encode()
-        allowed = [hmac.compare_digest(given, token.encode()) for token in self._settings.api_tokens]
-        if not any(allowed):
+    def _guarded_route(self) -> type[APIRoute]:
+        """Routes that look at the Bearer token before anything else: nobody unknown has a body parsed."""
+        authorize = self._authorize
+
+        class GuardedRoute(APIRoute):
+            def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+                handle = super().get_route_handler()
+
+                async def handle_authorized(request: Request) -> Response:
+                    authorize(request)
+                    return await handle(request)
+
+                return handle_authorized
+
+        return GuardedRoute
+
+    def _authorize(self, request: Request) -> None:
+        scheme, given = get_authorization_scheme_param(request.headers.get("Authorization"))
+        allowed = [hmac.compare_digest(given.encode(), token.encode()) for token in self._settings.api_tokens]
+        if scheme.lower() != "bearer" or not any(allowed):
             raise HTTPException(401, "a Bearer token is needed", {"WWW-Authenticate": "Bearer"})
 
 
@@ -192,9 +218,95 @@ async def _on_session_error(request: Request, error: Exception) -> ORJSONRespons
     return ORJSONResponse({"detail": error.title}, error.reason.status)
 
 
+async def _on_invalid_request(request: Request, error: Exception) -> ORJSONResponse:
+    """What is wrong and where, in a few words: FastAPI's own answer repeats what was sent, once for every flaw."""
+    assert isinstance(error, RequestValidationError)
+    flaws = [
+        {"loc": flaw["loc"], "msg": flaw["msg"][:SHOWN_CHARACTERS], "type": flaw["type"]}
+        for flaw in error.errors()[:SHOWN_FLAWS]
+    ]
+    return ORJSONResponse({"detail": flaws}, 422)
+
+
+# --- the server
+
+
 class _Server(uvicorn.Server):
     """In the gateway's loop: signals belong to the gateway."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+class Exchange(HttpToolsProtocol):
+    """One connection to the HTTP port, with the bounds that uvicorn does not have: all of a request and its answer has
+    REQUEST_TIMEOUT_S from the connection or from its first byte, and REQUEST_MAX_BYTES; nothing waits behind it but one
+    more request; past CONNECTIONS_MAX connections the next one is refused before it says anything.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._deadline: asyncio.TimerHandle | None = None
+        self._received_bytes = 0
+        self._in_head = True
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_deadline()
+        if len(self.connections) > CONNECTIONS_MAX:
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_deadline()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        self._start_deadline()
+        self._received_bytes += len(data)
+        if self._received_bytes > REQUEST_MAX_BYTES:
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+            return
+        super().data_received(data)
+        if self._in_head and self._received_bytes > HEAD_MAX_BYTES:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+
+    def on_message_begin(self) -> None:
+        if self.pipeline:
+            raise ValueError("too many requests behind one that is not answered yet")  # uvicorn answers 400
+        self._in_head = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            return  # the deadline stays: the rest of the answer may never be read
+        self._stop_deadline()
+        self._received_bytes = 0
+        if not self.cycle.response_complete:  # one that waited behind this one
+            self._start_deadline()
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.transport.abort()  # a client that reads nothing would hold a close back for ever
+
+    def _start_deadline(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(REQUEST_TIMEOUT_S, self.transport.abort)
+
+    def _stop_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _refuse(self, status: HTTPStatus) -> None:
+        body = f"{status.value} {status.phrase}\n"
+        retry = "Retry-After: 1\r\n" if status is HTTPStatus.SERVICE_UNAVAILABLE else ""
+        head = f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\n"
+        self.transport.write(f"{head}{retry}Connection: close\r\n\r\n{body}".encode())
+        self.transport.close()
