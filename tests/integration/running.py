@@ -127,6 +127,16 @@ class Running:
         )
         await self.nats.flush()
 
+    async def reconnect_nats(self) -> Nats:
+        """A client of the server that has been restarted."""
+        await self.nats.close()
+        self.nats = await nats.connect(str(self.app.settings.nats_url))
+        return self.nats
+
+    async def reconnect_database(self) -> None:
+        await self.database.close(timeout=1)
+        self.database = await asyncpg.connect(str(self.app.settings.database_url))
+
     async def rows(self) -> list[asyncpg.Record]:
         return await self.database.fetch("SELECT * FROM agent_session ORDER BY id")
 
@@ -173,6 +183,10 @@ class Overheard:
         ]
 
 
+async def _ignore(error: Exception) -> None:
+    """The tests stop servers under their own clients."""
+
+
 @asynccontextmanager
 async def running_gateway(folder: Path, nats_url: str, database_url: str, **options: Any) -> AsyncIterator[Running]:
     signer = Signer(folder)
@@ -188,7 +202,7 @@ async def running_gateway(folder: Path, nats_url: str, database_url: str, **opti
     }
     app = App(Settings(**{**defaults, **options}))
     database = await asyncpg.connect(database_url)
-    client = await nats.connect(nats_url)
+    client = await nats.connect(nats_url, error_cb=_ignore, reconnect_time_wait=0)
     running = Running(app, signer, database, client)
     try:
         await app.start()
@@ -199,5 +213,5 @@ async def running_gateway(folder: Path, nats_url: str, database_url: str, **opti
                 socket.transport.abort()
             await app.stop()
     finally:
-        await client.close()
-        await database.close()
+        await running.nats.close()
+        await running.database.close(timeout=1)
