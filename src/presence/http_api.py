@@ -186,9 +186,7 @@ class HttpApi:
         """How many agents each of the classrooms has; one that is unknown has none."""
         async with self._queries:
             counts = await self._store.counts(request.classroom_ids)
-        return Json(
-            {str(classroom_id): counts.get(classroom_id, 0) for classroom_id in request.classroom_ids}
-        )
+        return Json({str(classroom_id): counts.get(classroom_id, 0) for classroom_id in request.classroom_ids})
 
     async def remove(self, classroom_id: UUID, agent_id: str) -> Response:
         """End an agent's session here; 404 when this replica does not have it."""
