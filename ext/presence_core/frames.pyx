@@ -9,9 +9,9 @@ never on how it was cut into pieces, and a peer learns of a bad or too long mess
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree, PyMem_RawMalloc, PyMem_RawRealloc
 from cpython.unicode cimport PyUnicode_AsUTF8AndSize
 from libc.stdint cimport uint8_t, uint16_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
@@ -57,7 +57,7 @@ cdef struct frame_partial:
 
 cdef inline frame_partial *take_partial(frame_decoder *decoder) noexcept nogil:
     if decoder.partial == NULL:
-        decoder.partial = <frame_partial *>calloc(1, sizeof(frame_partial))
+        decoder.partial = <frame_partial *>PyMem_RawCalloc(1, sizeof(frame_partial))
     return decoder.partial
 
 
@@ -77,7 +77,7 @@ cdef bint reserve(frame_partial *partial, size_t more_bytes, size_t max_message_
         capacity = bound
     if capacity < needed:
         capacity = needed
-    message = <uint8_t *>realloc(partial.message, capacity)
+    message = <uint8_t *>PyMem_RawRealloc(partial.message, capacity)
     if message == NULL:
         return False
     partial.message = message
@@ -93,8 +93,8 @@ cdef void decoder_init(frame_decoder *decoder) noexcept nogil:
 cdef void decoder_free(frame_decoder *decoder) noexcept nogil:
     """Give back what it holds, in any state; it is then as new."""
     if decoder.partial != NULL:
-        free(decoder.partial.message)
-        free(decoder.partial)
+        PyMem_RawFree(decoder.partial.message)
+        PyMem_RawFree(decoder.partial)
         decoder.partial = NULL
 
 
@@ -240,11 +240,13 @@ cdef decode_status read_payload(
     """Store what there is of the current frame's payload."""
     cdef frame_header *frame = &partial.frame
     cdef size_t count = size - used[0]
-    cdef uint8_t *stored = partial.control + <size_t>partial.received
+    cdef uint8_t *stored
     if count > frame.payload_bytes - partial.received:
         count = <size_t>(frame.payload_bytes - partial.received)
     if count:
-        if not frame.opcode & CONTROL_BIT:
+        if frame.opcode & CONTROL_BIT:
+            stored = partial.control + <size_t>partial.received
+        else:
             if not reserve(partial, count, max_message_bytes):
                 return DECODE_NO_MEMORY
             stored = partial.message + partial.message_bytes
@@ -390,14 +392,14 @@ cdef class Decoder:
     def feed(self, bytes data not None):
         cdef size_t size = <size_t>PyBytes_GET_SIZE(data)
         # An allocation of exactly this size, so that AddressSanitizer sees a read past the input.
-        cdef uint8_t *scratch = <uint8_t *>malloc(size if size else 1)
+        cdef uint8_t *scratch = <uint8_t *>PyMem_RawMalloc(size if size else 1)
         if scratch == NULL:
             raise MemoryError
         try:
             memcpy(scratch, PyBytes_AS_STRING(data), size)
             return self.decode(scratch, size)
         finally:
-            free(scratch)
+            PyMem_RawFree(scratch)
 
     cdef list decode(self, uint8_t *data, size_t size):
         cdef list events = []
@@ -436,7 +438,7 @@ cdef inline uint64_t clock_ns() noexcept nogil:
 
 def bench_decode(bytes frame not None, size_t rounds):
     cdef size_t size = <size_t>PyBytes_GET_SIZE(frame)
-    cdef uint8_t *scratch = <uint8_t *>malloc(size if size else 1)
+    cdef uint8_t *scratch = <uint8_t *>PyMem_RawMalloc(size if size else 1)
     cdef frame_decoder decoder
     cdef frame_event event
     cdef size_t used, _
@@ -451,7 +453,7 @@ def bench_decode(bytes frame not None, size_t rounds):
         decoded += decoder_next(&decoder, size, scratch, size, &used, &event) == DECODE_EVENT
     begun_ns = clock_ns() - begun_ns
     decoder_free(&decoder)
-    free(scratch)
+    PyMem_RawFree(scratch)
     if decoded != rounds:
         raise ValueError("not one whole frame")
     return begun_ns / <double>rounds

@@ -3,7 +3,7 @@
 from libc.stdint cimport uint64_t
 
 cdef enum:
-    HISTOGRAM_BUCKETS = 14 # the last one has no upper bound
+    HISTOGRAM_BUCKETS = 14  # the last one has no upper bound
 
 cdef struct histogram:
     uint64_t counts[HISTOGRAM_BUCKETS]

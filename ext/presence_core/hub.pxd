@@ -1,7 +1,7 @@
 # The field map of the hub: one epoll descriptor, one timerfd, one wheel; a Connection is one object with C fields.
 
 from cpython.object cimport PyObject
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from presence_core.backlog cimport backlog
 from presence_core.frames cimport frame_decoder, frame_event
@@ -23,7 +23,7 @@ cdef enum connection_state:
     STATE_NEW = 0            # not adopted yet
     STATE_OPEN = 1
     STATE_CLOSING = 2        # our close frame is on its way, the peer's is awaited
-    STATE_CLOSE_RECEIVED = 3 # the peer's close frame is here, the handler has to finish()
+    STATE_CLOSE_RECEIVED = 3  # the peer's close frame is here, the handler has to finish()
     STATE_FINISHING = 4      # both close frames exist; the descriptor closes when ours is with the kernel
     STATE_CLOSED = 5
 
@@ -42,6 +42,7 @@ cdef enum notice_kind:       # bits: what the handler is still to be told of a c
     NOTICE_PONG_TIMEOUT = 2
     NOTICE_BACKLOG = 4
     NOTICE_CLOSED = 8
+    NOTICE_LISTED = 16       # it waits in the hub's list
 
 cdef struct room_event:
     PyObject *frame          # bytes: one encoded frame
@@ -52,8 +53,8 @@ cdef struct room_event:
 
 cdef struct event_list:
     room_event *items
-    size_t start             # first one waiting
-    size_t count
+    size_t start             # the first one
+    size_t end               # behind the last one; 0 when there is none
     size_t capacity
 
 cdef class Room:
@@ -61,19 +62,20 @@ cdef class Room:
         Hub hub
         readonly object tag  # the handler's own
         member_list members
-        event_list queue     # events that wait for the next pass
-        event_list batch     # events of the pass under way
-        PyObject *common     # bytes: the batch as most members get it; NULL: nothing for everyone
-        bint special         # the batch holds events that not everyone gets
+        event_list events    # those of the pass under way, then those that wait for the next one
+        size_t batched       # how many are of the pass under way
+        bytes common         # these as most members get them; None: nothing for everyone
         bint active          # in the hub's ring
         bint overflowed      # an event was refused since the queue was last empty
         uint64_t next_number
-        readonly size_t queued_bytes
+        readonly size_t queued_bytes  # of those that wait for the next pass
         Room ring_next
 
     cdef int enqueue(self, bytes frame, PyObject *exclude, PyObject *only, uint64_t received_ns) except -1
-    cdef int begin_pass(self) except -1
+    cdef void begin_pass(self) noexcept
+    cdef bytes join(self, size_t count)
     cdef void end_pass(self, uint64_t now_ns) noexcept
+    cdef void forget_events(self) noexcept
     cdef void name(self, int by) noexcept
 
 cdef class Connection:
@@ -84,10 +86,11 @@ cdef class Connection:
         uint8_t _state           # connection_state
         uint8_t beat             # beat_kind
         uint8_t notices          # notice_kind bits not yet handed over
-        bint overflowed          # past its backlog bound: nothing more is queued
-        bint polling_out         # EPOLLOUT is asked for
-        uint32_t named           # events of batches under way that name this connection
+        uint8_t overflowed       # past its backlog bound: nothing more is queued
+        uint8_t polling_out      # EPOLLOUT is asked for
+        uint8_t deaf             # it broke the protocol: what it sends is not decoded any more
         uint16_t close_code      # what on_closed will say
+        int32_t named            # events of batches under way that name this connection
         uint32_t _rtt_us         # of the last ping; 0: none measured
         uint32_t bucket_ms       # when the token buckets were last filled
         float message_tokens
@@ -108,7 +111,9 @@ cdef class Hub:
     cdef:
         readonly object handler
         int epoll_fd, timer_fd, event_fd
+        bint polling             # waits for events, without the interpreter's lock
         bint turning             # inside a turn: wake-ups are not needed
+        bint closing             # close() was called: it is complete when the turn is
         bint awake               # event_fd is readable
         wheel timers
         uint64_t start_ns        # CLOCK_MONOTONIC at tick 0
@@ -121,15 +126,21 @@ cdef class Hub:
         float messages_per_s, message_burst, pings_per_s, ping_burst
         PyObject *notice_head    # FIFO of connections with notices, linked by notice_next
         PyObject *notice_tail
-        Room ring_head, ring_tail # rooms with something to send
-        readonly Py_ssize_t open_count
-        readonly Py_ssize_t closing_count
+        Room ring_head, ring_tail  # rooms with something to send
+        Py_ssize_t open_count
+        object held              # a KeyboardInterrupt or its like, until the turn is over
         member_list everyone     # adopted connections whose on_closed is not yet over, one reference each
         uint64_t frames_in, messages_in, sends_out, bytes_out, pings_out, pongs_in, stray_pongs
         uint64_t events_queued, events_refused, backlogs_refused
         histogram ping_lateness, deadline_lateness, delivery, round_trip
 
+    cdef int open_descriptors(self) except -1
+    cdef void close_descriptors(self) noexcept
+    cdef int open(self, Connection c, bytes head) except -1
+    cdef int finish_close(self) except -1
     # the turn
+    cdef int end_turn(self) except -1
+    cdef int raise_held(self) except -1
     cdef int turn(self, int timeout_ms) except -1
     cdef int settle(self) except -1
     cdef void wake(self) noexcept
@@ -146,11 +157,13 @@ cdef class Hub:
     # what Python is told
     cdef void notify(self, Connection c, uint8_t notice) noexcept
     cdef int run_notices(self) except -1
-    cdef int tell(self, Connection c, uint8_t notices) except -1
+    cdef int tell(self, Connection c) except -1
+    cdef int tell_closed(self, Connection c) except -1
     cdef int tell_deadline(self, Connection c, object deadline) except -1
     cdef int tell_limit(self, Connection c, object limit) except -1
     cdef int tell_drained(self, list rooms) except -1
-    cdef int failed(self, Connection c, object error) except -1
+    cdef void failed(self, Connection c, object error) noexcept
+    cdef void hold(self, object error) noexcept
     # input
     cdef int receive(self, Connection c) except -1
     cdef int decode(self, Connection c, uint8_t *data, size_t size) except -1
@@ -169,11 +182,13 @@ cdef class Hub:
     cdef int watch(self, Connection c, uint32_t events, int operation) noexcept
     # fan-out
     cdef void activate(self, Room room) noexcept
+    cdef Room take_room(self)
     cdef int fan_out(self) except -1
     cdef int serve_some(self, Room room) except -1
     cdef int serve_named(self, Room room, Connection c) except -1
     # the end of a connection
     cdef int begin_close(self, Connection c, int code, bytes reason, bytes message) except -1
     cdef void start_closing(self, Connection c, uint8_t state) noexcept
-    cdef void leave_room(self, Connection c) noexcept
+    cdef void fail(self, Connection c, int code) noexcept
+    cdef int finish(self, Connection c) except -1
     cdef void drop(self, Connection c, int code) noexcept

@@ -4,19 +4,23 @@ Owns the descriptors handed to it, every deadline of theirs, what waits to be wr
 Knows nothing of classrooms, NATS or SQL, nor of asyncio: whoever drives it watches ``fileno()`` and calls ``turn``.
 Python is called for each message, limit, deadline and closed connection; never for a delivery, a ping or a pong.
 
-Two rules keep memory safe. A connection is an object: the hub holds one reference from ``adopt`` until ``on_closed`` has
-returned, and gives it back only when the events of the turn have been worked off. And loops over timers, members or queues
-never call Python: they note what is to be told, and ``run_notices`` tells it when the loop is over.
+Three rules keep memory safe. A connection is an object: the hub holds one reference from ``adopt`` until ``on_closed`` has
+returned, and gives it back only when the events of the turn have been worked off; a ``close`` of the hub inside a turn ends
+with it. Loops over timers, members or queues never call Python: they note what is to be told, and ``run_notices`` tells it
+when the loop is over. And whatever may run a finaliser is let go last, when all else is in order.
+
+No callback ends a turn: what it raises ends its connection, and what is no Exception is raised again behind the turn. A
+connection that memory does not suffice for is dropped, nobody else notices.
 """
 
 import os
 
 cimport cython
-from cpython.exc cimport PyErr_WriteUnraisable
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.ref cimport Py_CLEAR, Py_DECREF, Py_INCREF, Py_XDECREF
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc, PyMem_RawRealloc
+from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF, Py_XINCREF
 from libc.errno cimport EAGAIN, EINTR, errno
-from libc.stdlib cimport free, malloc, realloc
+from libc.math cimport ceil, isnan
 from libc.string cimport memcmp, memcpy, memmove, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, itimerspec, timespec
 from posix.uio cimport iovec
@@ -37,11 +41,9 @@ from presence_core.frames cimport (
     DECODE_NEED_MORE,
     FRAME_CONTROL_MAX_BYTES,
     FRAME_HEADER_MAX_BYTES,
-    OPCODE_BINARY,
     OPCODE_CLOSE,
     OPCODE_PING,
     OPCODE_PONG,
-    OPCODE_TEXT,
     decode_status,
     decoder_free,
     decoder_init,
@@ -92,14 +94,17 @@ cdef extern from "<sys/epoll.h>" nogil:
     struct msghdr:
         iovec *msg_iov
         size_t msg_iovlen
-    enum: MSG_NOSIGNAL, MSG_DONTWAIT
+    enum: MSG_NOSIGNAL, MSG_DONTWAIT, SHUT_WR
+    int shutdown(int fd, int how)
     ssize_t send(int fd, const void *buf, size_t n, int flags)
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
     ssize_t recv(int fd, void *buf, size_t n, int flags)
 
 cdef enum:
     NS_PER_MS = 1_000_000
-    PING_FRAME_BYTES = 10        # two of header, eight of nonce
+    PING_FRAME_BYTES = 10       # two of header, eight of nonce
+    EVENTS_KEPT = 16            # an empty room keeps no more memory for events than this
+    NOTICES_ALL = 31
     TIMER_SLICE_NS = 4_000_000  # after a long stall everything is due at once: sockets get their turn in between
     CODE_NONE = 1005            # RFC 6455 section 7.4.1: the close frame had no code
     CODE_LOST = 1006            # and: there was no close frame
@@ -113,6 +118,7 @@ DEADLINE_PONG = "pong"
 LIMIT_BACKLOG = "backlog"
 LIMIT_MESSAGES = "messages"
 LIMIT_PINGS = "pings"
+cdef double ALARM_MAX_MS = 2.0**48  # further away there is nothing to tell apart
 EMPTY_CLOSE_FRAME = b"\x88\x00"
 STATE_NAMES = ("new", "open", "closing", "close_received", "finishing", "closed")
 
@@ -123,6 +129,11 @@ cdef inline uint64_t monotonic_ns() noexcept nogil:
     return <uint64_t> now.tv_sec * 1_000_000_000 + <uint64_t> now.tv_nsec
 
 
+cdef void report(object error) noexcept:
+    """To sys.unraisablehook, as all that a function raises which must not."""
+    raise error
+
+
 def now_ns() -> int:
     """CLOCK_MONOTONIC in nanoseconds: what ``Room.broadcast`` takes as ``received_ns``."""
     return monotonic_ns()
@@ -131,33 +142,40 @@ def now_ns() -> int:
 # --- rooms ----------------------------------------------------------------------------------------------------------
 
 cdef int events_push(event_list *events, room_event *event) except -1:
+    """Append; the references of ``event`` are the list's from then on. Raises MemoryError, and changes nothing."""
     cdef size_t capacity
     cdef room_event *items
-    if events.start and events.count == events.capacity: # reclaim what has been taken from the front
-        memmove(events.items, events.items + events.start, (events.count - events.start) * sizeof(room_event))
-        events.count -= events.start
+    if events.start and events.end == events.capacity:  # reclaim what has been taken from the front
+        memmove(events.items, events.items + events.start, (events.end - events.start) * sizeof(room_event))
+        events.end -= events.start
         events.start = 0
-    if events.count == events.capacity:
+    if events.end == events.capacity:
         capacity = events.capacity * 2 if events.capacity else 4
-        items = <room_event *> realloc(events.items, capacity * sizeof(room_event))
+        items = <room_event *> PyMem_RawRealloc(events.items, capacity * sizeof(room_event))
         if items == NULL:
             raise MemoryError
         events.items = items
         events.capacity = capacity
-    events.items[events.count] = event[0]
-    events.count += 1
+    events.items[events.end] = event[0]
+    events.end += 1
     return 0
 
 
-cdef void events_clear(event_list *events) noexcept:
-    cdef size_t i
-    cdef room_event *event
-    for i in range(events.start, events.count):
-        event = &events.items[i]
-        Py_DECREF(<object> event.frame)
-        Py_XDECREF(event.exclude)
-        Py_XDECREF(event.only)
-    free(events.items)
+cdef void events_drop_first(event_list *events) noexcept:
+    """Its objects go last: a finaliser may push to this list."""
+    cdef room_event event = events.items[events.start]
+    events.start += 1
+    if events.start == events.end:
+        events.start = events.end = 0
+        if events.capacity > EVENTS_KEPT:
+            events_free(events)
+    Py_DECREF(<object> event.frame)
+    Py_XDECREF(event.exclude)
+    Py_XDECREF(event.only)
+
+
+cdef void events_free(event_list *events) noexcept:
+    PyMem_RawFree(events.items)
     memset(events, 0, sizeof(event_list))
 
 
@@ -167,14 +185,12 @@ cdef class Room:
 
     def __cinit__(self):
         members_init(&self.members)
-        memset(&self.queue, 0, sizeof(event_list))
-        memset(&self.batch, 0, sizeof(event_list))
+        memset(&self.events, 0, sizeof(event_list))
 
     def __dealloc__(self):
         members_free(&self.members)
-        events_clear(&self.queue)
-        events_clear(&self.batch)
-        Py_CLEAR(self.common)
+        self.forget_events()
+        events_free(&self.events)
 
     def __len__(self):
         return <Py_ssize_t> self.members.count
@@ -202,62 +218,78 @@ cdef class Room:
         event.only = only
         event.received_ns = received_ns
         event.number = self.next_number
-        events_push(&self.queue, &event)
+        events_push(&self.events, &event)
         Py_INCREF(frame)
-        if exclude != NULL:
-            Py_INCREF(<object> exclude)
-        if only != NULL:
-            Py_INCREF(<object> only)
+        Py_XINCREF(exclude)
+        Py_XINCREF(only)
         self.next_number += 1
         self.queued_bytes += <size_t> PyBytes_GET_SIZE(frame)
         self.hub.events_queued += 1
         self.hub.activate(self)
         return 0
 
-    cdef int begin_pass(self) except -1:
+    cdef void begin_pass(self) noexcept:
         """Take what waits, up to BATCH_MAX_BYTES, and join it into what most members get in one send."""
-        cdef size_t taken = 0, size = 0
-        cdef room_event *event
-        cdef list shared = []
-        while self.queue.start < self.queue.count:
-            event = &self.queue.items[self.queue.start]
-            size = <size_t> PyBytes_GET_SIZE(<object> event.frame)
-            if taken and taken + size > BATCH_MAX_BYTES:
+        cdef size_t i, size, taken = 0, count = 0
+        cdef size_t waiting = self.events.end - self.events.start
+        while count < waiting:
+            size = <size_t> PyBytes_GET_SIZE(<object> self.events.items[self.events.start + count].frame)
+            if count and taken + size > BATCH_MAX_BYTES:
                 break
-            events_push(&self.batch, event) # the references move along
-            self.queue.start += 1
-            self.queued_bytes -= size
             taken += size
-            if event.only == NULL:
-                shared.append(<object> event.frame)
-        if self.queue.start == self.queue.count:
-            self.queue.start = self.queue.count = 0
-        if shared:
-            joined = shared[0] if len(shared) == 1 else b"".join(shared)
-            Py_INCREF(joined)
-            self.common = <PyObject *> joined
+            count += 1
+        try:
+            self.common = self.join(count)
+        except MemoryError:  # one event alone needs none
+            count = 1
+            taken = <size_t> PyBytes_GET_SIZE(<object> self.events.items[self.events.start].frame)
+            if self.events.items[self.events.start].only == NULL:
+                self.common = <bytes> self.events.items[self.events.start].frame
+        self.batched = count
+        self.queued_bytes -= taken
         self.name(1)
         members_begin_pass(&self.members)
-        return 0
+
+    cdef bytes join(self, size_t count):
+        """The first events as those get them whom none of them names; None: nothing."""
+        cdef list shared = []
+        cdef size_t i
+        for i in range(self.events.start, self.events.start + count):
+            if self.events.items[i].only == NULL:
+                shared.append(<object> self.events.items[i].frame)
+        if not shared:
+            return None
+        return shared[0] if len(shared) == 1 else b"".join(shared)
 
     cdef void name(self, int by) noexcept:
         """Mark those whom an event of the batch names: only they, and newcomers, are served event by event."""
         cdef size_t i
-        for i in range(self.batch.start, self.batch.count):
-            if self.batch.items[i].exclude != NULL:
-                (<Connection> self.batch.items[i].exclude).named += by
-            if self.batch.items[i].only != NULL:
-                (<Connection> self.batch.items[i].only).named += by
+        cdef room_event *event
+        for i in range(self.batched):
+            event = &self.events.items[self.events.start + i]
+            if event.exclude != NULL:
+                (<Connection> event.exclude).named += by
+            if event.only != NULL:
+                (<Connection> event.only).named += by
 
     cdef void end_pass(self, uint64_t now_ns) noexcept:
-        cdef size_t i
         cdef uint64_t received
-        for i in range(self.batch.start, self.batch.count):
-            received = self.batch.items[i].received_ns
-            histogram_observe(&self.hub.delivery, now_ns - received if now_ns > received else 0)
         self.name(-1)
-        events_clear(&self.batch)
-        Py_CLEAR(self.common)
+        self.common = None
+        while self.batched:
+            received = self.events.items[self.events.start].received_ns
+            histogram_observe(&self.hub.delivery, now_ns - received if now_ns > received else 0)
+            self.batched -= 1
+            events_drop_first(&self.events)
+
+    cdef void forget_events(self) noexcept:
+        """Those of a pass under way too: the room is at its end, or its hub is."""
+        self.name(-1)
+        self.common = None
+        self.batched = 0
+        self.queued_bytes = 0
+        while self.events.end:
+            events_drop_first(&self.events)
 
 
 # --- connections ----------------------------------------------------------------------------------------------------
@@ -319,8 +351,7 @@ cdef class Connection:
         self.joined_number = room.next_number
 
     def leave(self) -> None:
-        if self._room is not None:
-            self.hub.leave_room(self)
+        leave_room(self)
 
     def start_heartbeat(self) -> None:
         if self._state != STATE_OPEN:
@@ -331,20 +362,26 @@ cdef class Connection:
         self.hub.arm()
 
     def set_alarm(self, delay_ms) -> None:
-        cdef uint64_t delay
+        cdef double delay
+        cdef uint64_t ticks
         if self._state != STATE_OPEN:
             return
         if delay_ms is None:
+            self.notices &= NOTICES_ALL ^ NOTICE_ALARM
             wheel_stop(&self.hub.timers, &self.alarm_entry)
             return
-        delay = 0 if delay_ms < 0 else <uint64_t> min(delay_ms, 1 << 48)
+        delay = delay_ms
+        if isnan(delay):
+            raise ValueError("a delay is a number")
+        ticks = <uint64_t> ceil(min(max(delay, 0.0), ALARM_MAX_MS) / TICK_MS)
+        self.notices &= NOTICES_ALL ^ NOTICE_ALARM  # one that has fired and is not told yet is this one's past
         # One tick more: the tick under way has partly passed, and a deadline never fires early.
-        wheel_start(&self.hub.timers, &self.alarm_entry, self.hub.tick() + (delay + TICK_MS - 1) // TICK_MS + 1)
+        wheel_start(&self.hub.timers, &self.alarm_entry, self.hub.tick() + ticks + 1)
         self.hub.arm()
 
     def close(self, int code=1000, bytes reason not None=b"", bytes message=None) -> bool:
         if self._state == STATE_CLOSE_RECEIVED:
-            self.finish()
+            self.hub.finish(self)
             return False
         if self._state != STATE_OPEN:
             return False
@@ -352,20 +389,20 @@ cdef class Connection:
         return True
 
     def finish(self) -> None:
-        cdef int code = self.close_code
-        if self._state != STATE_CLOSE_RECEIVED:
-            return
-        self._state = STATE_FINISHING
-        self.hub.write(self, encode_close(code) if code != CODE_NONE else EMPTY_CLOSE_FRAME)
-        if self._state == STATE_FINISHING:
-            if self.waiting.head == NULL:
-                self.hub.drop(self, code)
-            else:
-                self.hub.poll_output(self, True)
+        if self._state == STATE_CLOSE_RECEIVED:
+            self.hub.finish(self)
 
     def abort(self) -> None:
         if STATE_NEW < self._state < STATE_CLOSED:
             self.hub.drop(self, CODE_LOST)
+
+
+cdef void leave_room(Connection c) noexcept:
+    """The room may go with its last member, and run a finaliser: callers that are in the middle of something hold it."""
+    cdef Room room = c._room
+    if room is not None:
+        members_remove(&room.members, &c.membership)
+        c._room = None
 
 
 cdef size_t BEAT_OFFSET, ALARM_OFFSET
@@ -430,12 +467,12 @@ cdef class Hub:
         self.random_state = (int.from_bytes(os.urandom(8)) if seed is None else seed) | 1
         self.start_ns = monotonic_ns()
         wheel_init(&self.timers, 0)
-        self.read_buffer = <uint8_t *> malloc(READ_BUFFER_BYTES)
+        self.read_buffer = <uint8_t *> PyMem_RawMalloc(READ_BUFFER_BYTES)
         if self.read_buffer == NULL:
             raise MemoryError
         self.open_descriptors()
 
-    def open_descriptors(self):
+    cdef int open_descriptors(self) except -1:
         cdef epoll_event event
         self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
         self.timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)
@@ -449,13 +486,21 @@ cdef class Hub:
         event.data.ptr = &self.event_fd
         if epoll_ctl(self.epoll_fd, EPOLL_CTL_ADD, self.event_fd, &event) < 0:
             raise OSError(errno, os.strerror(errno))
+        return 0
+
+    cdef void close_descriptors(self) noexcept:
+        if self.epoll_fd >= 0:
+            close(self.epoll_fd)
+        if self.timer_fd >= 0:
+            close(self.timer_fd)
+        if self.event_fd >= 0:
+            close(self.event_fd)
+        self.epoll_fd = self.timer_fd = self.event_fd = -1
 
     def __dealloc__(self):
-        for fd in (self.epoll_fd, self.timer_fd, self.event_fd):
-            if fd >= 0:
-                close(fd)
+        self.close_descriptors()
         members_free(&self.everyone)
-        free(self.read_buffer)
+        PyMem_RawFree(self.read_buffer)
 
     def __len__(self):
         return <Py_ssize_t> self.everyone.count
@@ -473,7 +518,9 @@ cdef class Hub:
         return [<Connection> self.everyone.items[i].owner for i in range(self.everyone.count)]
 
     def adopt(self, Connection c not None, int fd, bytes head not None=b"") -> None:
-        if c._state != STATE_NEW or self.epoll_fd < 0:
+        cdef bint inside = self.turning
+        cdef int error
+        if c._state != STATE_NEW or self.epoll_fd < 0 or self.closing:
             close(fd)
             raise ValueError("a connection is adopted once, by an open hub")
         if members_add(&self.everyone, &c.registration) < 0:
@@ -482,35 +529,49 @@ cdef class Hub:
         c.hub = self
         c.fd = fd
         if self.watch(c, EPOLLIN, EPOLL_CTL_ADD) < 0:
+            error = errno
             members_remove(&self.everyone, &c.registration)
             c.fd = -1
             close(fd)
-            raise OSError(errno, os.strerror(errno))
-        Py_INCREF(c) # until on_closed has returned
+            raise OSError(error, os.strerror(error))
+        Py_INCREF(c)  # until on_closed has returned
         c._state = STATE_OPEN
         self.open_count += 1
         c.message_tokens = self.message_burst
         c.ping_tokens = self.ping_burst
         c.bucket_ms = <uint32_t> (monotonic_ns() // NS_PER_MS)
+        self.turning = True  # as in a turn: a turn inside would read on before the head is decoded
+        try:
+            self.open(c, head)
+        finally:
+            self.turning = inside
+            if not inside:
+                self.end_turn()
+        if not inside:
+            self.raise_held()
+
+    cdef int open(self, Connection c, bytes head) except -1:
+        """Tell the handler, then decode what came in the same packets as the upgrade request."""
+        cdef size_t size = <size_t> PyBytes_GET_SIZE(head)
+        cdef uint8_t *copy
         try:
             self.handler.on_open(c)
-        except Exception as error:
+        except BaseException as error:
             self.failed(c, error)
-        if head:
-            self.adopt_head(c, head)
-
-    def adopt_head(self, Connection c, bytes head):
-        """Decode what came in the same packets as the upgrade request, in a copy: frames are unmasked in place."""
-        cdef size_t size = <size_t> PyBytes_GET_SIZE(head)
-        cdef uint8_t *copy = <uint8_t *> malloc(size)
+        if size == 0:
+            return 0
+        copy = <uint8_t *> PyMem_RawMalloc(size)  # frames are unmasked in place
         if copy == NULL:
             self.drop(c, CODE_INTERNAL_ERROR)
-            raise MemoryError
+            return 0
         memcpy(copy, PyBytes_AS_STRING(head), size)
         try:
             self.decode(c, copy, size)
+        except MemoryError:
+            self.drop(c, CODE_INTERNAL_ERROR)
         finally:
-            free(copy)
+            PyMem_RawFree(copy)
+        return 0
 
     def on_readable(self) -> None:
         self.turn(0)
@@ -520,21 +581,30 @@ cdef class Hub:
 
     def close(self) -> None:
         cdef size_t i
-        if self.epoll_fd < 0:
+        if self.polling:
+            raise RuntimeError("another thread waits in this hub")
+        if self.epoll_fd < 0 or self.closing:
             return
-        for c in self.members():
-            (<Connection> c).abort()
-        while self.notice_head != NULL:
-            self.run_notices()
-        while self.ring_head is not None:
-            room = self.ring_head
-            self.ring_head = (<Room> room).ring_next
-            (<Room> room).ring_next = None
-            (<Room> room).active = False
-        self.ring_tail = None
-        for fd in (self.epoll_fd, self.timer_fd, self.event_fd):
-            close(fd)
-        self.epoll_fd = self.timer_fd = self.event_fd = -1
+        self.closing = True
+        for i in range(self.everyone.count):  # nobody is added any more, and nobody removed before on_closed
+            self.drop(<Connection> self.everyone.items[i].owner, CODE_LOST)
+        if not self.turning:
+            self.end_turn()
+            self.raise_held()
+
+    cdef int finish_close(self) except -1:
+        cdef Room room
+        self.turning = True
+        try:
+            while self.notice_head != NULL:
+                self.run_notices()
+        finally:
+            self.turning = False
+            while self.ring_head is not None:
+                room = self.take_room()
+                room.forget_events()
+            self.close_descriptors()
+        return 0
 
     def stats(self) -> dict:
         return {
@@ -570,10 +640,12 @@ cdef class Hub:
         cdef int i, count
         cdef void *source
         cdef uint64_t expirations
-        if self.turning or self.epoll_fd < 0:
+        if self.turning or self.polling or self.epoll_fd < 0:
             raise RuntimeError("a turn inside a turn, or of a closed hub")
+        self.polling = True
         with nogil:
             count = epoll_wait(self.epoll_fd, events, EVENTS_PER_TURN, timeout_ms)
+        self.polling = False
         if count < 0:
             if errno != EINTR:
                 raise OSError(errno, os.strerror(errno))
@@ -593,7 +665,17 @@ cdef class Hub:
             self.run_notices()
         finally:
             self.turning = False
-            self.settle()
+            self.end_turn()
+        return self.raise_held()
+
+    cdef int end_turn(self) except -1:
+        return self.finish_close() if self.closing else self.settle()
+
+    cdef int raise_held(self) except -1:
+        cdef object error = self.held
+        if error is not None:
+            self.held = None
+            raise error
         return 0
 
     cdef int settle(self) except -1:
@@ -608,7 +690,7 @@ cdef class Hub:
 
     cdef void wake(self) noexcept:
         cdef uint64_t one = 1
-        if not self.awake and not self.turning: # at the end of a turn, settle sees what is left
+        if not self.awake and not self.turning:  # at the end of a turn, settle sees what is left
             self.awake = write_fd(self.event_fd, &one, sizeof(one)) == sizeof(one)
 
     cdef int arm(self) except -1:
@@ -647,7 +729,7 @@ cdef class Hub:
         return (self.random_state * <uint64_t> 0x2545F4914F6CDD1D) >> 1
 
     cdef int on_events(self, Connection c, uint32_t events) except -1:
-        if c._state == STATE_CLOSED: # by an earlier event of this turn
+        if c._state == STATE_CLOSED:  # by an earlier event of this turn
             return 0
         if events & EPOLLIN:
             self.receive(c)
@@ -682,13 +764,16 @@ cdef class Hub:
             if left == 0:
                 left = TIMERS_PER_CHECK
                 now_ns = monotonic_ns()
-                if now_ns > stop_ns: # what is still due keeps its place: the timer fires again at once
+                if now_ns > stop_ns:  # what is still due keeps its place: the timer fires again at once
                     return 0
 
     cdef int fire_beat(self, Connection c, uint64_t due_ns, uint64_t now_ns) except -1:
         if c.beat == BEAT_PING:
             histogram_observe(&self.ping_lateness, now_ns - due_ns)
-            self.send_ping(c)
+            try:
+                self.send_ping(c)
+            except MemoryError:
+                self.drop(c, CODE_INTERNAL_ERROR)
             return 0
         histogram_observe(&self.deadline_lateness, now_ns - due_ns)
         if c.beat == BEAT_PONG:
@@ -724,7 +809,7 @@ cdef class Hub:
 
     cdef void notify(self, Connection c, uint8_t notice) noexcept:
         """Note it for run_notices. The list holds a reference to each connection in it."""
-        if c.notices == 0:
+        if not c.notices & NOTICE_LISTED:
             Py_INCREF(c)
             c.notice_next = NULL
             if self.notice_tail == NULL:
@@ -732,43 +817,47 @@ cdef class Hub:
             else:
                 (<Connection> self.notice_tail).notice_next = <PyObject *> c
             self.notice_tail = <PyObject *> c
-        c.notices |= notice
+        c.notices |= notice | NOTICE_LISTED
         self.wake()
 
     cdef int run_notices(self) except -1:
         cdef int left = NOTICES_PER_TURN
         cdef Connection c
-        cdef uint8_t notices
         while self.notice_head != NULL and left:
             c = <Connection> self.notice_head
             self.notice_head = c.notice_next
             if self.notice_head == NULL:
                 self.notice_tail = NULL
-            notices = c.notices
-            c.notices = 0
-            Py_DECREF(c) # the list's; c has its own
-            self.tell(c, notices)
+            c.notices &= NOTICES_ALL ^ NOTICE_LISTED
+            Py_DECREF(c)  # the list's; c has its own
+            self.tell(c)
             left -= 1
         return 0
 
-    cdef int tell(self, Connection c, uint8_t notices) except -1:
-        if notices & NOTICE_CLOSED:
-            try:
-                self.handler.on_closed(c, c.close_code)
-            except Exception as error:
-                self.failed(c, error)
-            members_remove(&self.everyone, &c.registration)
-            Py_DECREF(c) # the reference taken by adopt
-            return 0
-        if notices & NOTICE_BACKLOG:
+    cdef int tell(self, Connection c) except -1:
+        if c.notices & NOTICE_CLOSED:
+            return self.tell_closed(c)
+        if c.notices & NOTICE_BACKLOG:
+            c.notices &= NOTICES_ALL ^ NOTICE_BACKLOG
             self.tell_limit(c, LIMIT_BACKLOG)
-        if notices & NOTICE_PONG_TIMEOUT:
-            if c._state == STATE_OPEN and c.beat == BEAT_PONG:
-                self.receive(c) # the answer may have come while this process was held up
-            if c._state == STATE_OPEN and c.beat == BEAT_PONG:
+        if c.notices & (NOTICE_PONG_TIMEOUT | NOTICE_ALARM) and c._state == STATE_OPEN:
+            self.receive(c)  # what was to come in time may have come while this process was held up
+        if c.notices & NOTICE_PONG_TIMEOUT:
+            c.notices &= NOTICES_ALL ^ NOTICE_PONG_TIMEOUT
+            if c.beat == BEAT_PONG:
                 self.tell_deadline(c, DEADLINE_PONG)
-        if notices & NOTICE_ALARM:
+        if c.notices & NOTICE_ALARM:  # unless a callback has set another one meanwhile
+            c.notices &= NOTICES_ALL ^ NOTICE_ALARM
             self.tell_deadline(c, DEADLINE_ALARM)
+        return 0
+
+    cdef int tell_closed(self, Connection c) except -1:
+        try:
+            self.handler.on_closed(c, c.close_code)
+        except BaseException as error:
+            self.failed(c, error)
+        members_remove(&self.everyone, &c.registration)
+        Py_DECREF(c)  # the reference taken by adopt
         return 0
 
     cdef int tell_deadline(self, Connection c, object deadline) except -1:
@@ -776,10 +865,10 @@ cdef class Hub:
             return 0
         try:
             self.handler.on_deadline(c, deadline)
-        except Exception as error:
+        except BaseException as error:
             self.failed(c, error)
         if deadline is DEADLINE_PONG and c._state == STATE_OPEN and c.beat == BEAT_PONG:
-            self.begin_close(c, CODE_GOING_AWAY, b"", None)
+            self.fail(c, CODE_GOING_AWAY)
         return 0
 
     cdef int tell_limit(self, Connection c, object limit) except -1:
@@ -787,28 +876,43 @@ cdef class Hub:
             return 0
         try:
             self.handler.on_limit(c, limit)
-        except Exception as error:
+        except BaseException as error:
             self.failed(c, error)
         if c._state == STATE_OPEN:
-            self.begin_close(c, CODE_POLICY_VIOLATION, b"", None)
+            self.fail(c, CODE_POLICY_VIOLATION)
         return 0
 
-    cdef int failed(self, Connection c, object error) except -1:
-        """A callback raised: that connection ends, everything else goes on."""
-        try:
-            self.handler.on_error(c, error)
-        except Exception as second:
-            PyErr_WriteUnraisable(second)
-        if c._state == STATE_OPEN:
-            self.begin_close(c, CODE_INTERNAL_ERROR, b"", None)
-        return 0
+    cdef void failed(self, Connection c, object error) noexcept:
+        """A callback raised: that connection (None: it was about a room) ends, everything else goes on."""
+        if not isinstance(error, Exception):
+            self.hold(error)
+        else:
+            try:
+                self.handler.on_error(c, error)
+            except Exception as second:
+                report(second)
+            except BaseException as second:
+                self.hold(second)
+        if c is not None and c._state == STATE_OPEN:
+            self.fail(c, CODE_INTERNAL_ERROR)
+
+    cdef void hold(self, object error) noexcept:
+        """KeyboardInterrupt and its like go on when all is in order: behind the turn. One is enough."""
+        if self.held is None:
+            self.held = error
 
     # --- input
 
     cdef int receive(self, Connection c) except -1:
         cdef ssize_t received = recv(c.fd, self.read_buffer, READ_BUFFER_BYTES, MSG_DONTWAIT)
         if received > 0:
-            return self.decode(c, self.read_buffer, <size_t> received)
+            if c.deaf:
+                return 0
+            try:
+                return self.decode(c, self.read_buffer, <size_t> received)
+            except MemoryError:
+                self.drop(c, CODE_INTERNAL_ERROR)
+                return 0
         if received < 0 and (errno == EAGAIN or errno == EINTR):
             return 0
         self.drop(c, CODE_LOST if c._state == STATE_OPEN else c.close_code)
@@ -837,7 +941,7 @@ cdef class Hub:
         cdef object data
         if event.opcode == OPCODE_CLOSE:
             return self.on_peer_close(c, event.close_code)
-        if c._state != STATE_OPEN: # behind our close frame nothing else counts
+        if c._state != STATE_OPEN:  # behind our close frame nothing else counts
             return 0
         if event.opcode == OPCODE_PONG:
             return self.on_pong(c, event)
@@ -849,7 +953,7 @@ cdef class Hub:
         data = PyBytes_FromStringAndSize(<const char *> event.payload, <Py_ssize_t> event.size)
         try:
             self.handler.on_message(c, data, event.opcode)
-        except Exception as error:
+        except BaseException as error:
             self.failed(c, error)
         return 0
 
@@ -872,7 +976,7 @@ cdef class Hub:
         self.schedule_ping(c)
         return 0
 
-    @cython.overflowcheck(False) # the milliseconds wrap after 49 days
+    @cython.overflowcheck(False)  # the milliseconds wrap after 49 days
     cdef bint take_token(self, Connection c, bint control) noexcept:
         """One token of the bucket for messages, or for pings and unasked pongs; False when it is empty."""
         cdef uint32_t now_ms = <uint32_t> (monotonic_ns() // NS_PER_MS)
@@ -891,18 +995,26 @@ cdef class Hub:
         return True
 
     cdef int on_violation(self, Connection c, int code) except -1:
+        """_Fail the connection_ (RFC 6455 section 7.1.7): our close frame and the end of our stream; its own is not read on.
+
+        What still comes is taken and forgotten until the peer has closed too: closing at once would reset the connection,
+        and the close frame with it.
+        """
         if c._state != STATE_OPEN:
             self.drop(c, c.close_code)
             return 0
-        self.begin_close(c, code, b"", None)
+        c.deaf = True
+        self.fail(c, code)
+        if c._state == STATE_CLOSING and c.waiting.head == NULL:
+            shutdown(c.fd, SHUT_WR)
         try:
             self.handler.on_violation(c, code)
-        except Exception as error:
+        except BaseException as error:
             self.failed(c, error)
         return 0
 
     cdef int on_peer_close(self, Connection c, int code) except -1:
-        if c._state == STATE_CLOSING: # the answer to ours: the handshake is complete
+        if c._state == STATE_CLOSING:  # the answer to ours: the handshake is complete
             self.drop(c, c.close_code)
             return 0
         c.close_code = code
@@ -913,9 +1025,9 @@ cdef class Hub:
             return 0
         try:
             self.handler.on_close(c, code)
-        except Exception as error:
+        except BaseException as error:
             self.failed(c, error)
-            c.finish()
+            self.finish(c)
         return 0
 
     # --- output
@@ -924,7 +1036,7 @@ cdef class Hub:
         """Send, or queue behind what waits already. -1: the connection is gone."""
         cdef size_t size = <size_t> PyBytes_GET_SIZE(frames)
         cdef ssize_t sent = 0
-        if c.overflowed:
+        if c.overflowed or size == 0:
             return 0
         if c.waiting.head == NULL:
             sent = send(c.fd, PyBytes_AS_STRING(frames), size, MSG_NOSIGNAL | MSG_DONTWAIT)
@@ -975,7 +1087,12 @@ cdef class Hub:
         if c._state == STATE_FINISHING:
             self.drop(c, c.close_code)
             return 0
-        return self.poll_output(c, False)
+        if c.deaf:
+            shutdown(c.fd, SHUT_WR)
+        if self.poll_output(c, False) < 0:
+            self.drop(c, CODE_INTERNAL_ERROR)
+            return -1
+        return 0
 
     cdef int poll_output(self, Connection c, bint wanted) noexcept:
         if c.polling_out == wanted:
@@ -1006,30 +1123,35 @@ cdef class Hub:
         self.ring_tail = room
         self.wake()
 
+    cdef Room take_room(self):
+        """The first of the ring, out of it."""
+        cdef Room room = self.ring_head
+        self.ring_head = room.ring_next
+        room.ring_next = None
+        if self.ring_head is None:
+            self.ring_tail = None
+        room.active = False
+        return room
+
     cdef int fan_out(self) except -1:
         """Serve rooms in turn until the slice is over: what is left goes on in the next turn of the loop."""
         cdef uint64_t now = monotonic_ns(), stop_ns = now + self.slice_ns
         cdef Room room
-        cdef list drained = None
+        cdef list drained = []
         while self.ring_head is not None and now < stop_ns:
-            room = self.ring_head
-            self.ring_head = room.ring_next
-            room.ring_next = None
-            if self.ring_head is None:
-                self.ring_tail = None
-            room.active = False
-            if room.batch.count == 0:
+            room = self.take_room()
+            if room.batched == 0:
                 room.begin_pass()
             self.serve_some(room)
             now = monotonic_ns()
             if not members_in_pass(&room.members):
                 room.end_pass(now)
-            if room.batch.count or room.queue.count:
+            if room.events.end:
                 self.activate(room)
             elif room.overflowed:
                 room.overflowed = False
-                drained = [room] if drained is None else drained + [room]
-        if drained is not None:
+                drained.append(room)
+        if drained:
             self.tell_drained(drained)
         return 0
 
@@ -1037,16 +1159,19 @@ cdef class Hub:
         cdef member *next_member
         cdef Connection c
         cdef int left = MEMBERS_PER_TURN
-        cdef uint64_t first_number = room.batch.items[0].number if room.batch.count else 0
+        cdef uint64_t first_number = room.events.items[room.events.start].number
         while left:
             next_member = members_next(&room.members)
             if next_member == NULL:
                 return 0
             c = <Connection> next_member.owner
             if c.named or c.joined_number > first_number:
-                self.serve_named(room, c)
-            elif room.common != NULL:
-                self.write(c, <bytes> room.common)
+                try:
+                    self.serve_named(room, c)
+                except MemoryError:
+                    self.drop(c, CODE_INTERNAL_ERROR)
+            elif room.common is not None:
+                self.write(c, room.common)
             left -= 1
         return 0
 
@@ -1055,13 +1180,13 @@ cdef class Hub:
         cdef size_t i
         cdef room_event *event
         cdef list frames = []
-        for i in range(room.batch.count):
-            event = &room.batch.items[i]
+        for i in range(room.batched):
+            event = &room.events.items[room.events.start + i]
             if event.number < c.joined_number or event.exclude == <PyObject *> c:
                 continue
             if event.only == NULL or event.only == <PyObject *> c:
                 frames.append(<object> event.frame)
-        if frames:
+        if frames and c._state == STATE_OPEN:  # a new list may let the collector run, and that a finaliser
             self.write(c, b"".join(frames))
         return 0
 
@@ -1069,7 +1194,7 @@ cdef class Hub:
         for room in rooms:
             try:
                 self.handler.on_room_drained(room)
-            except Exception as error:
+            except BaseException as error:
                 self.failed(None, error)
         return 0
 
@@ -1084,30 +1209,49 @@ cdef class Hub:
         self.write(c, frame if message is None else message + frame)
         return 0
 
+    cdef void fail(self, Connection c, int code) noexcept:
+        """Close it for a reason of the hub's own; without the memory for a close frame, at once."""
+        try:
+            self.begin_close(c, code, b"", None)
+        except MemoryError:
+            self.drop(c, CODE_INTERNAL_ERROR)
+
+    cdef int finish(self, Connection c) except -1:
+        """Answer the peer's close frame with its own code; the descriptor closes when that is with the kernel."""
+        cdef int code = c.close_code
+        if c._state != STATE_CLOSE_RECEIVED:
+            return 0
+        c._state = STATE_FINISHING
+        c.overflowed = False
+        try:
+            self.write(c, encode_close(code) if code != CODE_NONE else EMPTY_CLOSE_FRAME)
+        except MemoryError:
+            self.drop(c, code)
+        if c._state == STATE_FINISHING and c.waiting.head == NULL:
+            self.drop(c, code)
+        return 0
+
     cdef void start_closing(self, Connection c, uint8_t state) noexcept:
+        cdef Room held = c._room  # lives until this is done
         self.open_count -= 1
         c._state = state
-        self.leave_room(c)
+        leave_room(c)
         wheel_stop(&self.timers, &c.alarm_entry)
         c.beat = BEAT_CLOSE
         wheel_start(&self.timers, &c.beat_entry, self.tick() + 1 + self.close_timeout_ticks)
         if not self.turning:
-            self.wake() # settle arms the timer
-
-    cdef void leave_room(self, Connection c) noexcept:
-        if c._room is not None:
-            members_remove(&c._room.members, &c.membership)
-            c._room = None
+            self.wake()  # settle arms the timer
 
     cdef void drop(self, Connection c, int code) noexcept:
         """The descriptor goes now; on_closed follows with the notices."""
+        cdef Room held = c._room  # lives until this is done
         if c._state == STATE_CLOSED:
             return
         if c._state == STATE_OPEN:
             self.open_count -= 1
         c._state = STATE_CLOSED
         c.close_code = <uint16_t> code
-        self.leave_room(c)
+        leave_room(c)
         wheel_stop(&self.timers, &c.beat_entry)
         wheel_stop(&self.timers, &c.alarm_entry)
         # Whoever made the descriptor may still hold another for the same socket: closing alone would not end the watch.

@@ -4,7 +4,7 @@ Joining, leaving and stepping are O(1); a member that leaves in the middle of a 
 twice. Owns the array, not the members. Knows nothing of sockets or frames.
 """
 
-from libc.stdlib cimport free, realloc
+from cpython.mem cimport PyMem_RawFree, PyMem_RawRealloc
 
 cdef enum:
     FIRST_CAPACITY = 4
@@ -17,7 +17,7 @@ cdef void members_init(member_list *members) noexcept nogil:
 
 
 cdef void members_free(member_list *members) noexcept nogil:
-    free(members.items)
+    PyMem_RawFree(members.items)
     members_init(members)
 
 
@@ -27,7 +27,7 @@ cdef int members_add(member_list *members, member *newcomer) noexcept nogil:
     cdef member **items
     if members.count == members.capacity:
         capacity = members.capacity * 2 if members.capacity else FIRST_CAPACITY
-        items = <member **> realloc(members.items, capacity * sizeof(member *))
+        items = <member **> PyMem_RawRealloc(members.items, capacity * sizeof(member *))
         if items == NULL:
             return -1
         members.items = items
@@ -58,7 +58,7 @@ cdef void members_remove(member_list *members, member *leaver) noexcept nogil:
 
 cdef inline size_t _fill(member_list *members, size_t hole, size_t last) noexcept nogil:
     """Move the last of a region into the hole; returns where the hole is then."""
-    if hole != last: # what stands in the hole itself has left, or has moved already
+    if hole != last:  # what stands in the hole itself has left, or has moved already
         _put(members, hole, members.items[last])
     return last
 
@@ -67,12 +67,12 @@ cdef void _shrink(member_list *members) noexcept nogil:
     cdef size_t capacity = members.capacity // 2
     cdef member **items
     if members.count == 0:
-        free(members.items)
+        PyMem_RawFree(members.items)
         members.items = NULL
         members.capacity = 0
     elif members.count * 4 <= members.capacity and capacity >= FIRST_CAPACITY:
-        items = <member **> realloc(members.items, capacity * sizeof(member *))
-        if items != NULL: # a failed shrink leaves the larger array: it is only larger
+        items = <member **> PyMem_RawRealloc(members.items, capacity * sizeof(member *))
+        if items != NULL:  # a failed shrink leaves the larger array: it is only larger
             members.items = items
             members.capacity = capacity
 
@@ -98,7 +98,7 @@ cdef class MemberList:
     """The array over Python keys, for the tests: ``add``, ``remove``, ``begin_pass``, ``next``."""
 
     cdef member_list members
-    cdef dict entries # key -> _Entry
+    cdef dict entries  # key -> _Entry
 
     def __cinit__(self):
         members_init(&self.members)

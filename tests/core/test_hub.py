@@ -240,8 +240,13 @@ def test_a_violation_gets_the_rfcs_code(hub: Hub, handler: Handler, data: bytes,
     assert peer.frames(1) == [(OPCODE_CLOSE, code.to_bytes(2))]
     assert handler.of("on_violation") == [(peer.connection, code)]
     assert len(handler.of("on_message")) == 1
-    peer.send(b"more garbage that nobody decodes")
+    peer.send(b"more garbage that nobody decodes" + close_frame(1000))
+    turn_until(hub, peer.ended)  # the end of the stream, not a reset, which would take the close frame with it
+    assert peer.connection.state == "closing"
+    peer.close()
     turn_until(hub, lambda: handler.of("on_closed"))
+    assert handler.of("on_closed") == [(peer.connection, code)]
+    assert len(handler.of("on_violation")) == 1
 
 
 @pytest.mark.parametrize(
