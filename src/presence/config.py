@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from presence.errors import ConfigError
+from presence.log import redact_text
 from presence.setting_types import (
     Algorithms,
     ApiTokens,
@@ -27,6 +28,8 @@ from presence.setting_types import (
     Bytes,
     Count,
     DatabaseUrl,
+    Folder,
+    Host,
     HttpUrl,
     Label,
     NatsUrl,
@@ -73,7 +76,7 @@ class Settings(BaseSettings):
     )
 
     # Where it listens
-    host: Label = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
+    host: Host = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: Port = Field(8080, description="Port for agents: GET /ws. 0 picks a free one.")
     http_port: Port = Field(
         8081, description="Port for services and operators: health, metrics, API. 0 picks a free one."
@@ -90,7 +93,7 @@ class Settings(BaseSettings):
         repr=False,
         description="PostgreSQL, as postgresql://user@host:5432/database. Unset: an embedded one is started.",
     )
-    data_dir: Path = Field(Path(".presence"), description="Folder of the embedded servers' data and keys.")
+    data_dir: Folder = Field(Path(".presence"), description="Folder of the embedded servers' data and keys.")
     replica_label: Label = Field(
         default_factory=socket.gethostname, description="Name of this replica for humans. Default: the host's name."
     )
@@ -173,7 +176,7 @@ def load(flags: Mapping[str, object], config_file: Path | None) -> Settings:
     given = {name: value for name, value in flags.items() if value is not None}
     from_file = _read_file(config_file) if config_file is not None else {}
     # Arguments beat the environment inside pydantic-settings, so what the environment names is left out of them here.
-    arguments = {name: value for name, value in from_file.items() if not os.environ.get(env_name(name))} | given
+    arguments = {name: value for name, value in from_file.items() if not _from_environment(name)} | given
     try:
         return Settings(**arguments)
     except ValidationError as error:
@@ -185,12 +188,17 @@ def env_name(setting: str) -> str:
     return ENV_PREFIX + setting.upper()
 
 
+def _from_environment(setting: str) -> str | None:
+    """Returns what the environment says, as pydantic-settings reads it: in any case of letters, blank for unset."""
+    return next((value for name, value in os.environ.items() if name.upper() == env_name(setting)), None)
+
+
 def _read_file(path: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:  # TOML's own errors, and bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # TOML's own errors, and bytes that are not UTF-8
         raise ConfigError(f"{path} is not TOML: {error}") from None
     for name in values:
         if name not in Settings.model_fields:
@@ -209,7 +217,7 @@ def _describe(
     value: object
     if name in flags:
         source, value = f"--{name.replace('_', '-')}", flags[name]
-    elif value := os.environ.get(env_name(name)):
+    elif value := _from_environment(name):
         source = env_name(name)
         if name == "port" and value.startswith("tcp://"):
             why += "; Kubernetes sets it for a Service of this name, unless the pod has enableServiceLinks: false"
@@ -217,5 +225,5 @@ def _describe(
         source, value = f"{name} in {config_file}", from_file[name]
     else:
         return f"{name}: {why}"
-    shown = "" if name in SECRETS else f" = {str(value)[:MAX_SHOWN_CHARACTERS]!r}"
-    return f"{source}{shown}: {why}"
+    shown = "" if name in SECRETS else f" = {redact_text(str(value))[:MAX_SHOWN_CHARACTERS]!r}"
+    return f"{source}{shown}: {redact_text(why)}"

@@ -6,8 +6,9 @@ Owns the check of one value at a time. Knows nothing of names, sources, or of tw
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
@@ -20,6 +21,8 @@ __all__ = [
     "Bytes",
     "Count",
     "DatabaseUrl",
+    "Folder",
+    "Host",
     "HttpUrl",
     "Label",
     "NatsUrl",
@@ -36,6 +39,8 @@ ASYMMETRIC_ALGORITHMS = frozenset(
 )
 
 _SUBJECT_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_HOST = re.compile(r"[\w.:%-]{1,253}")
+_DATABASE_PARTS = re.compile(r"(?P<user>[^/?#]*@)?(?P<hosts>[^/?#]*)(?P<path>.*)", re.DOTALL)
 
 
 def refusal(why: str, *, setting: str | None = None) -> PydanticCustomError:
@@ -52,12 +57,21 @@ def _split_list(value: object) -> object:
     return value
 
 
+def _refuse_bool(value: object) -> object:
+    if isinstance(value, bool):  # Python takes true for 1
+        raise refusal("should be a number")
+    return value
+
+
 def _parse_url(value: str) -> SplitResult:
     try:
         parts = urlsplit(value)
         _ = parts.port  # parsed on access: a port that is no number is found here
+        (parts.hostname or "").encode("idna")  # what the resolver will do; it refuses "a..b"
     except ValueError:  # its text may quote a part of a password
         raise refusal("is not a valid URL") from None
+    if not value.isprintable() or " " in value:
+        raise refusal("is not a valid URL")
     return parts
 
 
@@ -70,8 +84,15 @@ def _check_nats_url(value: str) -> str:
 
 
 def _check_database_url(value: str) -> str:
-    if _parse_url(value).scheme not in ("postgresql", "postgres"):
+    scheme, separator, rest = value.partition("://")
+    if scheme not in ("postgresql", "postgres") or not separator:
         raise refusal("must look like postgresql://user@host:5432/database")
+    place, user, path = _DATABASE_PARTS.fullmatch(rest).group("hosts", "user", "path")  # type: ignore[union-attr]
+    for host in place.split(","):  # several: the one that can be written to is used
+        parts = _parse_url(f"{scheme}://{user or ''}{host}{path}")
+    cache_sizes = parse_qs(parts.query, keep_blank_values=True).get("statement_cache_size", ["0"])
+    if not all(size.isdecimal() for size in cache_sizes):
+        raise refusal("has a statement_cache_size that is not a whole number")
     return value
 
 
@@ -83,7 +104,23 @@ def _check_http_url(value: str) -> str:
 
 
 def _check_auth_keys(value: str) -> str:
-    return _check_http_url(value) if "://" in value else value
+    return _check_http_url(value) if "://" in value else str(_check_path(value))
+
+
+def _check_path(value: object) -> object:
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise refusal("must be a path")
+    return value
+
+
+def _check_host(value: str) -> str:
+    try:
+        value.encode("idna")  # what the resolver will do
+    except UnicodeError:
+        raise refusal("must be an address or a host name") from None
+    if _HOST.fullmatch(value) is None:
+        raise refusal("must be an address or a host name")
+    return value
 
 
 def _check_algorithms(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -106,7 +143,7 @@ def _check_origins(value: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _origin_of(parts: SplitResult) -> str:
-    return f"{parts.scheme}://{parts.netloc.lower()}"
+    return f"{parts.scheme}://{parts.netloc.lower().rpartition('@')[2]}"
 
 
 def _check_subject_prefix(value: str) -> str:
@@ -131,11 +168,15 @@ def _check_label(value: str) -> str:
     return value
 
 
-Port = Annotated[int, Field(ge=0, le=65_535)]
-Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=10_000_000)]
-Bytes = Annotated[int, Field(ge=128, le=2**30)]
+_Int = Annotated[int, BeforeValidator(_refuse_bool)]
+_Float = Annotated[float, BeforeValidator(_refuse_bool)]
+Port = Annotated[_Int, Field(ge=0, le=65_535)]
+Seconds = Annotated[_Float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Rate = Annotated[_Float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
+Count = Annotated[_Int, Field(ge=1, le=10_000_000)]
+Bytes = Annotated[_Int, Field(ge=128, le=2**30)]
+Folder = Annotated[Path, BeforeValidator(_check_path)]
+Host = Annotated[str, AfterValidator(_check_host)]
 Label = Annotated[str, AfterValidator(_check_label)]
 NatsUrl = Annotated[str, AfterValidator(_check_nats_url)]
 DatabaseUrl = Annotated[str, AfterValidator(_check_database_url)]
