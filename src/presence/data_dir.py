@@ -15,6 +15,7 @@ import time
 import uuid
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
@@ -33,6 +34,9 @@ __all__ = ["DEFAULT_AUDIENCE", "DEFAULT_DATA_DIR", "DataDir", "Lock", "State"]
 
 DEFAULT_DATA_DIR = Path(".presence")
 DEFAULT_AUDIENCE = "presence"
+
+LOCK_ATTEMPTS = 5
+LOCK_RETRY_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +64,17 @@ class DataDir:
         self.lock_path = self.path / "lock"
 
     def create(self) -> None:
-        """Makes the directory and the keys where they are missing; leaves those that are there."""
+        """Makes the directory where it is missing."""
+        # As root, PostgreSQL runs as another user and must pass through; the files inside have modes of their own.
+        mode = 0o711 if os.geteuid() == 0 else 0o700
         try:
-            # As root, PostgreSQL runs as another user and must pass through; the files inside have modes of their own.
-            mode = 0o711 if os.geteuid() == 0 else 0o700
-            if not self.path.is_dir():
-                self.path.mkdir(mode=mode, parents=True)
+            self.path.mkdir(mode=mode, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StartError(f"cannot use the data directory {self.path}: {error.strerror}") from None
+
+    def create_keys(self) -> None:
+        """Makes the keys that are missing; leaves those that are there. The lock must be held."""
+        try:
             if not self.signing_key_path.exists():
                 _write(self.signing_key_path, _new_signing_key(), 0o600)
             _write(self.auth_keys_path, json.dumps({"keys": [self._public_jwk()]}, indent=2).encode(), 0o644)
@@ -88,7 +97,6 @@ class DataDir:
         clock: Callable[[], float] = time.time,
     ) -> str:
         """Returns a signed token for an agent; it opens these classrooms, or all of them."""
-
         now = clock()
         claims = {
             "sub": agent,
@@ -114,13 +122,13 @@ class DataDir:
     def read_state(self) -> State | None:
         """Returns where the gateway of this directory is, or None when none runs."""
         try:
-            state = State(**json.loads(self.state_path.read_bytes()))
-            os.kill(state.pid, 0)
+            if not _is_locked(self.lock_path):  # the file of a gateway that was killed
+                return None
+            return State(**json.loads(self.state_path.read_bytes()))
         except PermissionError:
             raise StartError(f"the gateway of {self.path} belongs to another user") from None
-        except (OSError, ValueError, TypeError):  # no file, no such process, or another version's file
+        except (OSError, ValueError, TypeError):  # no file, or another version's
             return None
-        return state
 
     def _signing_key(self) -> ec.EllipticCurvePrivateKey:
         try:
@@ -162,15 +170,21 @@ class Lock:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StartError(f"cannot open {path}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not self._take():
             holder = os.read(self._fd, 32).decode().strip() or "unknown"
             os.close(self._fd)
-            raise StartError(f"{self._data_dir.path} is already served by process {holder}") from None
+            raise StartError(f"{self._data_dir.path} is already served by process {holder}")
         os.truncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
         return self
+
+    def _take(self) -> bool:
+        for _ in range(LOCK_ATTEMPTS):
+            with suppress(BlockingIOError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            time.sleep(LOCK_RETRY_S)  # a terminal may be looking, in this very moment, whether it is held
+        return False
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -178,8 +192,18 @@ class Lock:
         os.close(self._fd)
 
 
-def _new_signing_key() -> bytes:
+def _is_locked(path: Path) -> bool:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
+
+def _new_signing_key() -> bytes:
     return ec.generate_private_key(ec.SECP256R1()).private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )

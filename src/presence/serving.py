@@ -11,7 +11,10 @@ import os
 import resource
 import shlex
 import shutil
+import signal
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -31,6 +34,7 @@ __all__ = ["raise_descriptor_limit", "serve"]
 
 MAX_USEFUL_DESCRIPTORS: Final = 1_048_576
 EXAMPLE_TOKEN_TTL_S: Final = 86_400.0
+SIGNALLED: Final = 128  # and the signal's number: what a shell shows of a program that a signal ended
 
 
 def raise_descriptor_limit() -> None:
@@ -46,7 +50,25 @@ def serve(settings: Settings) -> int:
     if settings.nats_url and settings.database_url and not settings.auth_keys:
         raise ConfigError("auth_keys: is needed with nats_url and database_url, there is no embedded key then")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(settings))
+        return runner.run(_until_signalled(settings))
+
+
+async def _until_signalled(settings: Settings) -> int:
+    """Serves in a task of its own, which a signal ends until the gateway listens to signals itself."""
+    life, received = asyncio.create_task(_serve(settings)), list[int]()
+
+    def interrupt(number: int) -> None:
+        received.append(number)
+        life.cancel()
+
+    _on_signals(interrupt)
+    await asyncio.wait({life})
+    return SIGNALLED + received[0] if received and life.cancelled() else life.result()
+
+
+def _on_signals(callback: Callable[[int], None]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, callback, number)
 
 
 async def _serve(settings: Settings) -> int:
@@ -69,9 +91,13 @@ async def _serve(settings: Settings) -> int:
         elif settings.database_url is not None:
             await check_schema(settings.database_url)
         try:
-            return await app.serve(own, ready=partial(_on_ready, embedded, own, settings.auth_keys is None))
+            status = await app.serve(own, ready=partial(_on_ready, embedded, own, settings.auth_keys is None))
         finally:
             embedded.data_dir.remove_state()
+            _on_signals(lambda _: embedded.hurry())  # the gateway has gone; what is left is to stop its servers
+        if status == app.EXIT_KILLED:
+            embedded.hurry()
+        return status
 
 
 def _on_ready(embedded: Embedded, settings: Settings, own_key: bool, running: App) -> None:
@@ -88,7 +114,8 @@ def _on_ready(embedded: Embedded, settings: Settings, own_key: bool, running: Ap
         audience=settings.auth_audience or DEFAULT_AUDIENCE,
     )
     data_dir.write_state(state)
-    print(_next_steps(state, data_dir, settings.data_dir, own_key), flush=True)
+    with suppress(BrokenPipeError):  # serving does not depend on who reads this
+        print(_next_steps(state, data_dir, settings.data_dir, own_key), flush=True)
 
 
 def _next_steps(state: State, data_dir: DataDir, shown_dir: Path, own_key: bool) -> str:

@@ -109,6 +109,12 @@ class Child:
             except TimeoutError:
                 log.warning("embedded_server_slow_to_stop", server=self.name, signal=number.name)
 
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal to it, if it runs; `stop` still has to be awaited."""
+        if self._process is not None and not self._exited.is_set():
+            self._serving = False
+            self._process.send_signal(number)
+
     def _on_exit(self, pidfd: int) -> None:
         asyncio.get_running_loop().remove_reader(pidfd)
         os.close(pidfd)
