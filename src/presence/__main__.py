@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -23,6 +25,8 @@ from presence.terminal import COMMANDS
 
 __all__ = ["main"]
 
+STDOUT_FD: Final = 1
+STDERR_FD: Final = 2
 STATUS_FAILED: Final = 1
 STATUS_USAGE: Final = 2
 STATUS_INTERRUPTED: Final = 130
@@ -55,13 +59,15 @@ def serve(config: Path | None = None, **flags: str | None) -> int:
 
 def migrate(
     database_url: Annotated[
-        str | None, typer.Option(envvar=env_name("database_url"), help="postgresql://user@host:5432/database")
+        str | None,
+        typer.Option(help=f"postgresql://user@host:5432/database [{env_name('database_url')}]"),
     ] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="TOML file with settings.")] = None,
 ) -> None:
     """Bring the schema of a database up to date; several may do so at once."""
     from presence import migrate as schema  # noqa: PLC0415
 
-    settings = load({"database_url": database_url}, None)
+    settings = load({"database_url": database_url}, config)
     if settings.database_url is None:
         raise ConfigError("give --database-url: an embedded database is brought up to date by `presence serve`")
     applied = asyncio.run(schema.migrate(settings.database_url))
@@ -126,18 +132,34 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return STATUS_INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone
-        sys.stdout = None
         return STATUS_FAILED
 
 
 def _fail(text: str, status: int) -> int:
-    print("presence: " + " ".join(text.split()), file=sys.stderr, flush=True)
+    line = log.escape_controls(log.redact_text(" ".join(text.split())))
+    with suppress(OSError):  # nobody is left to tell
+        print(f"presence: {line}", file=sys.stderr, flush=True)
     return status
+
+
+def _fill_standard_streams() -> None:
+    """Where one was closed, the next file or socket would take its number, and be written to as if it were that one."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= STDERR_FD:
+        continue
+    os.close(fd)
+    sys.stdout = sys.stdout or open(STDOUT_FD, "w", closefd=False)  # noqa: SIM115 - open to the end
+    sys.stderr = sys.stderr or open(STDERR_FD, "w", closefd=False)  # noqa: SIM115
 
 
 def main() -> None:
     """The console script."""
-    sys.exit(run())
+    _fill_standard_streams()
+    status = run()
+    try:
+        sys.stdout.flush()
+    except OSError:  # the interpreter would try again, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT_FD)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

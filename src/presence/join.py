@@ -7,9 +7,11 @@ Knows nothing of the gateway's insides; it speaks the JSON dialect as any other 
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import os
 import random
-import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +20,9 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidProxy, InvalidStatus, InvalidURI
+
+from presence.log import escape_controls
 
 __all__ = ["TerminalAgent", "printer"]
 
@@ -28,6 +32,7 @@ MAX_MESSAGE_BYTES: Final = 16 * 2**20  # NATS can be set to carry events larger 
 FIRST_BACKOFF_S: Final = 0.5
 MAX_BACKOFF_S: Final = 15.0
 MAX_WAIT_S: Final = 300.0
+MAX_REMEMBERED_EVENTS: Final = 256
 
 LOOPBACK_HOSTS: Final = ("127.0.0.1", "localhost", "::1")
 NORMAL_CLOSE: Final = 1000
@@ -35,8 +40,6 @@ NORMAL_CLOSE: Final = 1000
 RECONNECT_CODES: Final = frozenset([1001, 1005, 1006, 1011, 1012, 1013, 1014])
 # Answers to an upgrade that another attempt may not get.
 RECONNECT_STATUSES: Final = frozenset([408, 429, 500, 502, 503, 504])
-
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +54,9 @@ class End:
 
 @dataclass(slots=True)
 class TerminalAgent:
-    """One agent in one classroom. `make_token` is called for each connection and every `refresh_every_s`."""
+    """One agent in one classroom. `find_url` is called for each connection, `make_token` also every `refresh_every_s`."""
 
-    url: str
+    find_url: Callable[[], str]
     classroom_id: UUID
     label: str
     make_token: Callable[[], str]
@@ -61,7 +64,8 @@ class TerminalAgent:
     refresh_every_s: float | None = None
     chance: Callable[[], float] = random.random
     _failures: int = 0
-    _previous: asyncio.Task[None] | None = field(default=None, repr=False)
+    _previous: set[asyncio.Task[None]] = field(default_factory=set, repr=False)  # sockets of gateways that go away
+    _shown_ids: dict[str, None] = field(default_factory=dict, repr=False)  # of the last events, oldest first
 
     async def run(self) -> int:
         """Returns the exit status once it may not come back; cancel it to leave (the socket closes with 1000)."""
@@ -75,15 +79,18 @@ class TerminalAgent:
                 self.show(f"reconnecting in {wait_s:.1f} s")
                 await asyncio.sleep(wait_s)
         finally:
-            await self._leave_previous()
+            self._leave_previous()
+            if self._previous:
+                await asyncio.wait(self._previous)
 
     async def _connect(self) -> End:
         self._failures += 1
+        url = self.find_url()
         # A proxy of the environment is for the world outside; with compression the gateway has nothing to do.
-        proxy: Literal[True] | None = None if urlsplit(self.url).hostname in LOOPBACK_HOSTS else True
+        proxy: Literal[True] | None = None if urlsplit(url).hostname in LOOPBACK_HOSTS else True
         try:
             socket = await connect(
-                self.url,
+                url,
                 compression=None,
                 proxy=proxy,
                 open_timeout=OPEN_TIMEOUT_S,
@@ -95,8 +102,10 @@ class TerminalAgent:
             status, retry = error.response.status_code, error.response.headers.get("Retry-After", "")
             after_s = float(retry) if retry.isdecimal() else None
             return End(f"the gateway answered {status}", reconnect=status in RECONNECT_STATUSES, after_s=after_s)
+        except (InvalidURI, InvalidProxy) as error:
+            return End(f"cannot connect to {_place(url)}: {error.msg}", reconnect=False)
         except (OSError, InvalidHandshake) as error:
-            return End(f"cannot connect to {self.url}: {_reason_of(error)}", reconnect=True)
+            return End(f"cannot connect to {_place(url)}: {_reason_of(error)}", reconnect=True)
         return await self._live(socket)
 
     async def _live(self, socket: ClientConnection) -> End:
@@ -113,7 +122,7 @@ class TerminalAgent:
 
     async def _receive(self, socket: ClientConnection) -> tuple[End, bool]:
         """Prints until an error message ends it; True with it when the socket stays open until the next one serves."""
-        refresh_at = self._next_refresh()
+        refresh_at, served = self._next_refresh(), False
         while True:
             try:
                 async with asyncio.timeout_at(refresh_at):
@@ -122,17 +131,18 @@ class TerminalAgent:
                 await socket.send(json.dumps({"type": "refresh", "payload": {"token": self.make_token()}}))
                 refresh_at = self._next_refresh()
                 continue
-            self.show(_describe(message))
+            self._show(message)
             if message.get("type") == "connect_success":
-                self._failures = 0
-                await self._leave_previous()
+                self._failures, served = 0, True
+                self._leave_previous()
             elif str(message.get("type")).endswith("_session_error"):
                 facts = _facts(message)
-                if facts.get("type") != "terminated":
+                if facts.get("type") != "terminated" or not served:
                     return _end_from(facts), False
                 # The gateway keeps serving until it closes: stay until another one has us, and miss nothing.
-                await self._leave_previous()
-                self._previous = asyncio.create_task(self._listen_on(socket))
+                listening = asyncio.create_task(self._listen_on(socket))
+                self._previous.add(listening)
+                listening.add_done_callback(self._previous.discard)
                 return _end_from(facts), True
 
     async def _listen_on(self, socket: ClientConnection) -> None:
@@ -141,17 +151,25 @@ class TerminalAgent:
             async for data in socket:
                 message = _parse(data)
                 if message.get("type") in ("event", "gap"):
-                    self.show(_describe(message))
+                    self._show(message)
         except ConnectionClosed:
             pass
         finally:
             await socket.close(NORMAL_CLOSE)
 
-    async def _leave_previous(self) -> None:
-        task, self._previous = self._previous, None
-        if task is not None:
+    def _leave_previous(self) -> None:
+        for task in self._previous:
             task.cancel()
-            await asyncio.wait({task})
+
+    def _show(self, message: dict[str, Any]) -> None:
+        if message.get("type") == "event":
+            event_id = str(message.get("id"))
+            if event_id in self._shown_ids:  # the old gateway and the new one have both delivered it
+                return
+            self._shown_ids[event_id] = None
+            if len(self._shown_ids) > MAX_REMEMBERED_EVENTS:
+                del self._shown_ids[next(iter(self._shown_ids))]
+        self.show(_describe(message))
 
     def _request(self) -> str:
         payload = {"token": self.make_token(), "classroom_id": str(self.classroom_id), "agent_label": self.label}
@@ -168,7 +186,7 @@ class TerminalAgent:
 def _parse(data: str | bytes) -> dict[str, Any]:
     try:
         message = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         message = None
     return message if isinstance(message, dict) else {"type": "unreadable message"}
 
@@ -198,7 +216,7 @@ def _describe(message: dict[str, Any]) -> str:
 
 def _end_from(payload: dict[str, Any]) -> End:
     after_ms = payload.get("reconnect_after_ms")
-    after_s = after_ms / 1000 if isinstance(after_ms, int | float) and after_ms >= 0 else None
+    after_s = min(after_ms, MAX_WAIT_S * 1000) / 1000 if isinstance(after_ms, int | float) and after_ms >= 0 else None
     if payload.get("reconnect") is True:
         return End("the gateway asks to reconnect", reconnect=True, after_s=after_s)
     return End("not reconnecting: the gateway says that it would not help", reconnect=False)
@@ -214,14 +232,23 @@ def _end_of(socket: ClientConnection) -> End:
 def _reason_of(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return "it does not answer"
+    if isinstance(error, OSError) and error.errno and error.errno > 0:
+        return os.strerror(error.errno)
     return getattr(error, "strerror", None) or str(error)
+
+
+def _place(url: str) -> str:
+    """Returns the URL without user and password."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def printer() -> Callable[[str], None]:
     """Returns what prints one line at once, with the time; whatever came from outside cannot drive the terminal."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal has every character
 
     def show(text: str) -> None:
-        line = _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
-        print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {escape_controls(text)}", flush=True)
 
     return show

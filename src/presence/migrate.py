@@ -6,6 +6,8 @@ Knows nothing of the tables themselves: they are in `presence.migrations`.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,11 +25,16 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from presence.errors import StartError
+from presence.store.database import connect_options
 
 __all__ = ["check_schema", "migrate"]
 
+_PORT = re.compile(r":\d+$")
+
 LOCK_KEY: Final = 0x70726573656E6365  # "presence"
 CONNECT_TIMEOUT_S: Final = 10.0
+DEFAULT_PORT: Final = 5432
+CLIENT_ERRORS: Final = (asyncpg.InterfaceError, asyncpg.InternalClientError)
 SCRIPTS: Final = Path(__file__).with_name("migrations")
 
 
@@ -76,13 +83,15 @@ async def _connect(dsn: str) -> AsyncIterator[AsyncConnection]:
 
     async def connect() -> Any:
         # No statement cache: a transaction pooler may hand each transaction another server connection.
-        return await asyncpg.connect(dsn, timeout=CONNECT_TIMEOUT_S, statement_cache_size=0)
+        options = connect_options(dsn, "presence migrate")
+        limits = {"timeout": CONNECT_TIMEOUT_S, "command_timeout": None, "statement_cache_size": 0}
+        return await asyncpg.connect(**{**options, **limits, "server_settings": {}})
 
     engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
     try:
         async with engine.begin() as connection:
             yield connection
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, SQLAlchemyError) as error:
+    except (OSError, TimeoutError, asyncpg.PostgresError, *CLIENT_ERRORS, SQLAlchemyError) as error:
         raise StartError(f"the database at {_place(dsn)} cannot be used: {_first_line(error)}") from None
     finally:
         await engine.dispose()
@@ -90,12 +99,15 @@ async def _connect(dsn: str) -> AsyncIterator[AsyncConnection]:
 
 def _place(dsn: str) -> str:
     """Returns host and port of a DSN, never its user or password."""
-    parts = urlsplit(dsn)
-    return f"{parts.hostname}:{parts.port or 5432}" if parts.hostname else "its socket"
+    hosts = [host for host in urlsplit(dsn).netloc.rpartition("@")[2].split(",") if host]
+    return ", ".join(host if _PORT.search(host) else f"{host}:{DEFAULT_PORT}" for host in hosts) or "its socket"
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, TimeoutError) and not error.errno:
+        return "it does not answer"
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+        # asyncio puts addresses into its own text; a resolver's numbers are not the system's.
+        return os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror
     words = str(error.__cause__ if isinstance(error, SQLAlchemyError) and error.__cause__ else error).strip()
     return words.splitlines()[0] if words else type(error).__name__
