@@ -19,13 +19,13 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 from uuid import UUID
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from nats.errors import BadHeaderError, BadSubjectError, MaxPayloadError, SlowConsumerError
+from nats.errors import BadHeaderError, BadSubjectError, MaxPayloadError
 from nats.errors import Error as NatsError
 
 from presence.errors import StartError, Unavailable
@@ -35,7 +35,7 @@ from presence.metrics import Metrics
 log = get("bus")
 
 OnMessage = Callable[[str, bytes, Mapping[str, str] | None], None]
-OnGap = Callable[[str | None], None]
+OnGap = Callable[[], None]
 Outgoing = tuple[str, bytes, dict[str, str]]
 
 CONNECT_TIMEOUT_S: Final = 3.0
@@ -46,9 +46,29 @@ FIRST_BACKOFF_S: Final = 0.1
 MAX_BACKOFF_S: Final = 2.0
 PING_INTERVAL_S: Final = 5
 CLOSE_TIMEOUT_S: Final = 2.0
-PENDING_MESSAGES: Final = 8_192
-PENDING_BYTES: Final = 16 * 1024 * 1024
 MAX_OUTGOING: Final = 65_536  # messages that wait while NATS is away
+
+
+class Inbox:
+    """Where the client puts a subscription's messages: it takes this for the future of a reply.
+
+    The client's callbacks cost a task, a queue and a wake-up for each subscription and message. A future is set right where
+    the message has been parsed, so the socket itself is the queue: it is not read while messages are worked on.
+    """
+
+    __slots__ = ("_on_message",)
+
+    def __init__(self, on_message: Callable[[Msg], None]) -> None:
+        self._on_message = on_message
+
+    def cancelled(self) -> bool:
+        return False
+
+    def set_result(self, message: Msg) -> None:
+        try:
+            self._on_message(message)
+        except Exception as error:  # raised on, it would end the client's read loop
+            log.error("message_failed", limited=True, error=repr(error), exc_info=error)
 
 
 class Topic:
@@ -62,7 +82,7 @@ class Topic:
         self.users = 0
         self.remote: Subscription | None = None
 
-    async def deliver(self, message: Msg) -> None:
+    def deliver(self, message: Msg) -> None:
         # One that nobody uses any more may still have messages on the way, beside its successor's.
         if self.users:
             self.on_message(message.subject, message.data, message.headers)
@@ -160,12 +180,7 @@ class Bus:
             raise Unavailable("NATS is away") from error
 
     async def _subscribe(self, client: Client, topic: Topic) -> None:
-        topic.remote = await client.subscribe(
-            f"{self._prefix}.{topic.classroom_id}.*",
-            cb=topic.deliver,
-            pending_msgs_limit=PENDING_MESSAGES,
-            pending_bytes_limit=PENDING_BYTES,
-        )
+        topic.remote = await client.subscribe(f"{self._prefix}.{topic.classroom_id}.*", future=_inbox(topic.deliver))
 
     def release(self, classroom_id: UUID) -> None:
         """One user less; the last one ends the subscription."""
@@ -238,7 +253,7 @@ class Bus:
             self._metrics.bus_dropped.inc()
             log.error("publish_refused", limited=True, error=repr(error))
 
-    async def _on_echo(self, message: Msg) -> None:
+    def _on_echo(self, message: Msg) -> None:
         current = self._round
         if current is None or message.data != b"%d" % current.number:
             return  # of an earlier connection
@@ -285,7 +300,7 @@ class Bus:
                     error_cb=self._on_error,
                     closed_cb=on_closed,
                 )
-                await client.subscribe(self._echo_subject, cb=self._on_echo)
+                await client.subscribe(self._echo_subject, future=_inbox(self._on_echo))
                 for topic in list(self._topics.values()):
                     await self._subscribe(client, topic)
                     if not topic.users and topic.remote is not None:  # released meanwhile
@@ -329,7 +344,7 @@ class Bus:
         log.info("nats_back", outgoing=len(self._outgoing))
         self._metrics.bus_reconnects.inc()
         self._kick()
-        self._on_gap(None)
+        self._on_gap()
 
     async def _drop_client(self) -> None:
         """This connection is over: who waits is refused, what was not proven goes out again on the next."""
@@ -348,9 +363,7 @@ class Bus:
     async def _on_error(self, error: Exception) -> None:
         """Called by the client, out of its own loops: must not raise."""
         self._metrics.bus_errors.labels(type(error).__name__).inc()
-        if isinstance(error, SlowConsumerError):
-            self._on_gap(str(error.subject).split(".")[-2])
-        elif self._keeping is not None:
+        if self._keeping is not None:
             log.warning("nats_error", limited=True, error=repr(error))
 
     async def close(self) -> None:
@@ -374,6 +387,10 @@ class Bus:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _inbox(on_message: Callable[[Msg], None]) -> asyncio.Future[Msg]:
+    return cast("asyncio.Future[Msg]", Inbox(on_message))
 
 
 async def _close(client: Client) -> None:

@@ -89,6 +89,10 @@ class Lives:
         self._steps = steps
         self._now = now
         self._random = random
+        # Found once: a look-up by label, or a line that nobody logs, costs more than what it is for.
+        self._connected_count = metrics.connects.labels("success")
+        self._ended_counts = {reason: metrics.closes.labels(reason) for reason in reasons.BY_TYPE}
+        self._is_debug = settings.log_level == "debug"
         self._connects = asyncio.Semaphore(settings.max_connects_in_flight)
         self.draining = False
 
@@ -136,7 +140,7 @@ class Lives:
                 agent.classroom_id = request.classroom_id
                 agent.expires_at = identity.expires_at
                 await self._sessions.connect(agent, self._welcome, self._replace)
-            self._metrics.connects.labels("success").inc()
+            self._connected_count.inc()
             self._metrics.connect_seconds.observe(time.perf_counter() - started)
         except SessionError as error:
             self._metrics.connects.labels(error.reason.type).inc()
@@ -163,7 +167,10 @@ class Lives:
         self._watch_expiry(agent)
         if self.draining:
             self.tell_terminated(agent)
-        log.debug("agent_connected", agent_id=agent.agent_id, classroom_id=agent.classroom_id, session_id=session_id)
+        if self._is_debug:
+            log.debug(
+                "agent_connected", agent_id=agent.agent_id, classroom_id=agent.classroom_id, session_id=session_id
+            )
         return True
 
     def _replace(self, predecessor: Agent) -> None:
@@ -243,7 +250,7 @@ class Lives:
         phase, agent.phase = agent.phase, Phase.ENDED
         if phase is Phase.ENDED:
             return
-        self._metrics.closes.labels(reason.type).inc()
+        self._ended_counts[reason.type].inc()
         if reason.announced:
             message = None if agent.told and reason is reasons.TERMINATED else self._error_frame(reason, title)
             agent.close(reason.close_code, b"", message)
@@ -253,7 +260,8 @@ class Lives:
             self._steps.spawn(self._leave(agent, reason))
         else:
             agent.finish()
-        log.debug("agent_ended", reason=reason.type, agent_id=agent.agent_id, session_id=agent.session_id)
+        if self._is_debug:
+            log.debug("agent_ended", reason=reason.type, agent_id=agent.agent_id, session_id=agent.session_id)
 
     async def _leave(self, agent: Agent, reason: Reason) -> None:
         """agent.leave, then the row to history, then the answer to the agent's close frame."""

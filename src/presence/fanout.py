@@ -6,7 +6,6 @@ sockets.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
@@ -28,21 +27,21 @@ SENDER: Final = "Sender-Agent-Id"
 RECEIVER: Final = "Receiver-Agent-Id"
 INTERNAL: Final = "Is-Internal"
 MESSAGE_ID: Final = "Nats-Msg-Id"
-GAP_DELAY_S: Final = 0.25
 
 
 class Classroom:
     """The agents of one classroom on this replica, and their room in the hub."""
 
-    __slots__ = ("agents", "gap_timer", "lost", "missed", "room")
+    __slots__ = ("agents", "classroom_id", "key", "lost", "missed", "room")
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, classroom_id: UUID, key: str, room: Room) -> None:
+        self.classroom_id = classroom_id
+        self.key = key
         self.room = room
         self.agents: dict[str, Agent] = {}
         # Since the members were last told of a gap:
         self.missed = 0  # events refused here
         self.lost = False  # events lost before they came here, nobody knows how many
-        self.gap_timer: asyncio.TimerHandle | None = None
 
 
 class Fanout:
@@ -72,8 +71,9 @@ class Fanout:
         key = str(classroom_id)
         classroom = self._classrooms.get(key)
         if classroom is None:
-            classroom = self._classrooms[key] = Classroom(self._new_room(key))
+            classroom = self._classrooms[key] = Classroom(classroom_id, key, self._new_room(key))
         classroom.agents[agent.agent_id] = agent
+        agent.classroom_id = classroom.classroom_id  # one object for all of them
         return classroom.room
 
     def leave(self, classroom_id: UUID, agent: Agent) -> None:
@@ -124,22 +124,11 @@ class Fanout:
         if classroom is not None:
             self._tell_gap(classroom, "flood")
 
-    def on_gap(self, classroom_id: str | None) -> None:
-        """Messages were lost before they came here, nobody knows how many: of one classroom, or (None) of all."""
-        if classroom_id is None:
-            for classroom in self._classrooms.values():
-                classroom.lost = True
-                self._tell_gap(classroom, "outage")
-            return
-        lossy = self._classrooms.get(classroom_id)
-        if lossy is not None and lossy.gap_timer is None:
-            # One loss seldom comes alone: those of a moment are told as one.
-            lossy.lost = True
-            lossy.gap_timer = asyncio.get_running_loop().call_later(GAP_DELAY_S, self._on_gap_timer, lossy)
-
-    def _on_gap_timer(self, classroom: Classroom) -> None:
-        classroom.gap_timer = None
-        self._tell_gap(classroom, "slow_consumer")
+    def on_gap(self) -> None:
+        """Messages were lost before they came here, nobody knows how many, or in which classrooms."""
+        for classroom in self._classrooms.values():
+            classroom.lost = True
+            self._tell_gap(classroom, "outage")
 
     def _tell_gap(self, classroom: Classroom, cause: str) -> None:
         if not (classroom.lost or classroom.missed):

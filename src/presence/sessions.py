@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
@@ -43,33 +42,31 @@ class Gone(SessionError):
 
 
 class Turns:
-    """A queue for each key that is in use: whoever comes second waits until the first is done."""
+    """A queue for each key that is in use: whoever comes second waits until the first is done.
+
+    `await take(key)`, then `give(key)` in a `finally`.
+    """
 
     def __init__(self) -> None:
-        self._waiting: Final[dict[Key, deque[asyncio.Future[None]]]] = {}
+        self._waiting: Final[dict[Key, deque[asyncio.Future[None]] | None]] = {}
 
-    @asynccontextmanager
-    async def of(self, key: Key) -> AsyncIterator[None]:
-        queue = self._waiting.get(key)
+    async def take(self, key: Key) -> None:
+        if key not in self._waiting:
+            self._waiting[key] = None
+            return
+        queue = self._waiting[key]
         if queue is None:
-            self._waiting[key] = deque()
-        else:
-            turn = asyncio.get_running_loop().create_future()
-            queue.append(turn)
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._pass_on(key)
-                else:
-                    queue.remove(turn)
-                raise
+            queue = self._waiting[key] = deque()
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue.append(turn)
         try:
-            yield
-        finally:
-            self._pass_on(key)
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.give(key)
+            raise
 
-    def _pass_on(self, key: Key) -> None:
+    def give(self, key: Key) -> None:
         queue = self._waiting[key]
         while queue:
             turn = queue.popleft()
@@ -109,33 +106,40 @@ class Sessions:
         key = agent.classroom_id, agent.agent_id
         if not (self._store.healthy and self._bus.connected):
             raise Unavailable  # at once: its turn may be a close that waits for the same outage to end
-        async with self._turns.of(key):
+        await self._turns.take(key)
+        try:
             if not agent.is_open:
                 raise Gone
             predecessor = self._fanout.agent_in(agent.classroom_id, agent.agent_id)
             if predecessor is not None:
                 replace(predecessor)
-            try:
-                session = await self._store.open_session(agent.agent_id, agent.classroom_id)
-            except BaseException:
-                if predecessor is not None:  # its session has nobody now, unless the next in turn carries it on
-                    self._steps.spawn(self.leave(predecessor, reasons.REPLACED))
-                raise
-            # The session is silent to the others when it goes on: from a connection here, or from another replica. One
-            # that had to be made anew is not, predecessor or not: they have been told that the old one is over.
-            silent = session.outcome != "created"
-            if not silent:
-                self._unannounced.add(session.session_id)
-            try:
-                await self._enter(agent, session.session_id, session.started_at, silent, welcome)
-                if predecessor is not None:
-                    self._bus.release(agent.classroom_id)
-            except BaseException as error:
-                if predecessor is not None:
-                    self._forget(predecessor)
-                reason = error.reason if isinstance(error, SessionError) else reasons.INTERNAL_ERROR
-                await self._close(session.session_id, reason)
-                raise
+            await self._open(agent, predecessor, welcome)
+        finally:
+            self._turns.give(key)
+
+    async def _open(self, agent: Agent, predecessor: Agent | None, welcome: Callable[[Agent, int, Room], bool]) -> None:
+        assert agent.classroom_id is not None
+        try:
+            session = await self._store.open_session(agent.agent_id, agent.classroom_id)
+        except BaseException:
+            if predecessor is not None:  # its session has nobody now, unless the next in turn carries it on
+                self._steps.spawn(self.leave(predecessor, reasons.REPLACED))
+            raise
+        # The session is silent to the others when it goes on: from a connection here, or from another replica. One
+        # that had to be made anew is not, predecessor or not: they have been told that the old one is over.
+        silent = session.outcome != "created"
+        if not silent:
+            self._unannounced.add(session.session_id)
+        try:
+            await self._enter(agent, session.session_id, session.started_at, silent, welcome)
+            if predecessor is not None:
+                self._bus.release(agent.classroom_id)
+        except BaseException as error:
+            if predecessor is not None:
+                self._forget(predecessor)
+            reason = error.reason if isinstance(error, SessionError) else reasons.INTERNAL_ERROR
+            await self._close(session.session_id, reason)
+            raise
 
     async def _enter(
         self,
@@ -171,11 +175,14 @@ class Sessions:
     async def leave(self, agent: Agent, reason: Reason) -> None:
         """The agent has gone: agent.leave, then its row to history. Changes nothing if the session has gone on."""
         assert agent.classroom_id is not None
-        async with self._turns.of((agent.classroom_id, agent.agent_id)):
-            if self._fanout.agent_in(agent.classroom_id, agent.agent_id) is not agent:
-                return
-            self._forget(agent)
-            await self._close(agent.session_id, reason)
+        key = agent.classroom_id, agent.agent_id
+        await self._turns.take(key)
+        try:
+            if self._fanout.agent_in(agent.classroom_id, agent.agent_id) is agent:
+                self._forget(agent)
+                await self._close(agent.session_id, reason)
+        finally:
+            self._turns.give(key)
 
     async def _close(self, session_id: int, reason: Reason) -> None:
         await self._store.close_session(session_id, reason.type, datetime.now(UTC))

@@ -72,7 +72,7 @@ async def test_nats_stands_still_in_the_middle_of_a_connect(
         newcomer = await gateway.dial()
         await newcomer.say(gateway.request("alice"))
         assert await newcomer.error(10) == ("unavailable", 4003)
-        await eventually(lambda: gateway.history())
+        await eventually(gateway.history)
         assert [row["reason"] for row in await gateway.history()] == ["unavailable"]
         assert await gateway.rows() == []
         own_nats.resume()

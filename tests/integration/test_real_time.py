@@ -60,42 +60,44 @@ class Timed:
 
 @pytest.mark.realtime
 async def test_the_times_of_the_specification(tmp_path: Path, nats_url: str, database_url: str) -> None:
-    async with running_gateway(tmp_path, nats_url, database_url) as gateway:
-        async with dialled(gateway.app.gateway.port, AGENTS + 2) as sockets:
-            silent = Timed(sockets[0], mute=True)
-            await silent.socket.upgrade()
-            silent.connected = time.monotonic()
-            mute = Timed(sockets[1], mute=True)
-            agents = [Timed(socket, mute=False) for socket in sockets[2:]]
-            for number, agent in enumerate([mute, *agents]):
-                await agent.join(gateway, f"agent{number}")
-            lives = [asyncio.create_task(agent.live()) for agent in [silent, mute, *agents]]
-            await asyncio.wait(lives, timeout=SECONDS_TO_WATCH)
+    async with (
+        running_gateway(tmp_path, nats_url, database_url) as gateway,
+        dialled(gateway.app.gateway.port, AGENTS + 2) as sockets,
+    ):
+        silent = Timed(sockets[0], mute=True)
+        await silent.socket.upgrade()
+        silent.connected = time.monotonic()
+        mute = Timed(sockets[1], mute=True)
+        agents = [Timed(socket, mute=False) for socket in sockets[2:]]
+        for number, agent in enumerate([mute, *agents]):
+            await agent.join(gateway, f"agent{number}")
+        lives = [asyncio.create_task(agent.live()) for agent in [silent, mute, *agents]]
+        await asyncio.wait(lives, timeout=SECONDS_TO_WATCH)
 
-            # Flow 1: ten seconds to say who it is.
-            assert silent.code == 4500
-            assert 10.0 <= silent.closed - silent.connected <= 10.0 + SLACK_S
+        # Flow 1: ten seconds to say who it is.
+        assert silent.code == 4500
+        assert 10.0 <= silent.closed - silent.connected <= 10.0 + SLACK_S
 
-            # The first ping falls anywhere in the interval, the next ones thirty seconds apart.
-            first = [agent.pings[0] - agent.connected for agent in agents]
-            assert all(-SLACK_S <= after <= 30.0 + SLACK_S for after in first)
-            assert max(first) - min(first) > 15.0
-            gaps = [agent.pings[1] - agent.pings[0] for agent in agents if len(agent.pings) > 1]
-            assert gaps
-            assert all(abs(gap - 30.0) <= SLACK_S for gap in gaps), gaps
+        # The first ping falls anywhere in the interval, the next ones thirty seconds apart.
+        first = [agent.pings[0] - agent.connected for agent in agents]
+        assert all(-SLACK_S <= after <= 30.0 + SLACK_S for after in first)
+        assert max(first) - min(first) > 15.0
+        gaps = [agent.pings[1] - agent.pings[0] for agent in agents if len(agent.pings) > 1]
+        assert gaps
+        assert all(abs(gap - 30.0) <= SLACK_S for gap in gaps), gaps
 
-            # Five seconds to answer it.
-            assert mute.code == 4001
-            assert 5.0 <= mute.closed - mute.pings[0] <= 5.0 + SLACK_S
+        # Five seconds to answer it.
+        assert mute.code == 4001
+        assert 5.0 <= mute.closed - mute.pings[0] <= 5.0 + SLACK_S
 
-            # Flow 5: everyone told at once, ten seconds to move, then closed.
-            started = time.monotonic()
-            assert await gateway.app.drain()
-            ended = time.monotonic()
-            await asyncio.wait_for(asyncio.gather(*lives), 5)
-            assert all(agent.messages["terminated"] - started <= 1.0 for agent in agents)
-            assert {agent.code for agent in agents} == {1012}
-            assert all(10.0 <= agent.closed - started <= 10.5 for agent in agents)
-            assert ended - started <= 10.5
-            assert await gateway.rows() == []
-            assert len(await gateway.history()) == AGENTS + 1
+        # Flow 5: everyone told at once, ten seconds to move, then closed.
+        started = time.monotonic()
+        assert await gateway.app.drain()
+        ended = time.monotonic()
+        await asyncio.wait_for(asyncio.gather(*lives), 5)
+        assert all(agent.messages["terminated"] - started <= 1.0 for agent in agents)
+        assert {agent.code for agent in agents} == {1012}
+        assert all(10.0 <= agent.closed - started <= 10.5 for agent in agents)
+        assert ended - started <= 10.5
+        assert await gateway.rows() == []
+        assert len(await gateway.history()) == AGENTS + 1
