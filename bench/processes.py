@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class Server:
-    """A server that prints `listening on PORT` once it is ready. Used as a context manager; ended by its own id."""
+    """A server, a Python file or a program, that prints `listening on PORT` once it is ready. Ended by its own id."""
 
     def __init__(self, *command: str, environment: dict[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, *command] if command[0].endswith(".py") else list(command),
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
@@ -34,7 +33,7 @@ class Server:
                 return
         raise RuntimeError(f"{command} ended with status {self.process.wait()}")
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -76,8 +75,11 @@ def commit() -> str:
     return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
 
 
-def write_result(name: str, figures: dict[str, Any]) -> Path:
-    path = ROOT / "bench" / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"commit": commit(), "machine": machine(), **figures}, indent=2) + "\n")
-    return path
+def compiled(source: str, folder: str) -> str | None:
+    """The program made of one C file, or None where there is no C compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        return None
+    program = f"{folder}/{Path(source).stem}"
+    subprocess.run([compiler, "-O2", "-o", program, source], cwd=ROOT, check=True)
+    return program

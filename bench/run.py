@@ -1,0 +1,118 @@
+"""All benchmarks, beside the peers: the parts, sockets, agents and fan-out; JSON in bench/results, one table on stdout.
+
+    python bench/run.py [--quick] [--only parts|sockets|agents|fanout] [--update-readme]
+
+The full run takes six to nine minutes; it opens as many sockets as the descriptor limit allows, 18,000 at the most, all of
+them on loopback addresses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fanout import measure_fanout
+from figures import Figures
+from parts import measure_parts
+from processes import ROOT, commit, machine
+from sockets import measure_agents, measure_sockets
+from table import markdown
+
+RESULTS = ROOT / "bench" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+SPARE_DESCRIPTORS = 2_000
+
+
+@dataclass(frozen=True)
+class Scale:
+    rounds: int
+    sockets: int
+    members: int
+    events: int
+
+
+FULL = Scale(rounds=3, sockets=18_000, members=5_000, events=200)
+QUICK = Scale(rounds=1, sockets=6_000, members=2_000, events=100)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    scale = QUICK if arguments.quick else FULL
+    sockets = within_descriptor_limit(scale.sockets)
+    figures = Figures()
+    parts: dict[str, Callable[[], None]] = {
+        "parts": lambda: measure_parts(figures, RESULTS),
+        "sockets": lambda: measure_sockets(figures, rounds=scale.rounds, sockets=sockets),
+        "agents": lambda: measure_agents(figures, rounds=scale.rounds, agents=sockets),
+        "fanout": lambda: measure_fanout(
+            figures, rounds=scale.rounds, members=min(scale.members, sockets), events=scale.events
+        ),
+    }
+    about = {"commit": commit(), "machine": machine(), "taken_at": datetime.now(UTC).isoformat(timespec="seconds")}
+    about |= {"rounds": scale.rounds, "sockets": sockets, "members": scale.members, "events": scale.events}
+    for name, measure in parts.items():
+        if arguments.only in {None, name}:
+            measure()
+    path = write_results(arguments, {**about, "figures": figures.as_json()})
+    table = markdown(figures, heading(about))
+    print(f"\n{table}\n\n{path.relative_to(ROOT)}")
+    if arguments.update_readme:
+        update_readme(table)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one round of everything, on fewer sockets: two minutes")
+    parser.add_argument("--only", choices=["parts", "sockets", "agents", "fanout"], help="one part of it")
+    parser.add_argument("--update-readme", action="store_true", help=f"put the table between {BEGIN} and {END}")
+    arguments = parser.parse_args()
+    if arguments.update_readme and arguments.only:
+        parser.error("the README's table holds all figures: --update-readme goes without --only")
+    return arguments
+
+
+def within_descriptor_limit(wanted: int) -> int:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit - SPARE_DESCRIPTORS >= wanted:
+        return wanted
+    sockets = max(500, limit - SPARE_DESCRIPTORS)
+    print(f"{sockets:,} sockets, not {wanted:,}: this process may open {limit:,} descriptors (ulimit -n)", flush=True)
+    return sockets
+
+
+def heading(about: dict[str, Any]) -> str:
+    computer = about["machine"]
+    return (
+        f"{about['taken_at'][:10]}, commit {about['commit']}, {computer['cores']} cores of {computer['cpu']}, "
+        f"Linux {computer['kernel']}, Python {computer['python']}; client, servers, PostgreSQL and NATS share the machine. "
+        f"{about['sockets']:,} sockets, 200 connects in flight; fan-out to one room of {about['members']:,}, "
+        f"{about['events']} events of 190 B; {about['rounds']} round{'s' if about['rounds'] > 1 else ''}."
+    )
+
+
+def write_results(arguments: argparse.Namespace, results: dict[str, Any]) -> Path:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    name = "-".join(filter(None, ["quick" if arguments.quick else "full", arguments.only]))
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    return path
+
+
+def update_readme(table: str) -> None:
+    text = README.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{README.name} has no {BEGIN} … {END}")
+    README.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

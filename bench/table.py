@@ -1,0 +1,134 @@
+"""The one table of the README: figures, their goals, what was reached, and the peers beside it. Pure: figures in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import fanout
+import sockets
+from figures import Figures, Series
+from peers import PRESENCE
+
+TIMER_SIZES = (10, 1_000, 100_000)
+FRAME_SIZES = (16, 190, 4_096)
+SATURATION_MARK = "†"
+MISSED_MARK = "✗"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row. `more_is_better` says which way a ratio is turned; `goal` is compared with the median."""
+
+    title: str
+    figure: str
+    more_is_better: bool
+    goal: float | None = None
+    digits: int = 0
+
+    def is_missed(self, value: float) -> bool:
+        if self.goal is None:
+            return False
+        return value < self.goal if self.more_is_better else value > self.goal
+
+
+@dataclass(frozen=True)
+class PartRow:
+    """Nanoseconds at several sizes in one row; `who` of the figures is Presence here."""
+
+    title: str
+    group: str
+    sizes: tuple[int, ...]
+    who: str
+
+
+ROWS = (
+    Row("RSS of an idle socket, B", sockets.SOCKET_BYTES, False, 400),
+    Row("RSS of an idle authenticated agent, B", sockets.AGENT_BYTES, False, 1_024),
+    Row("upgrades/s", sockets.UPGRADES, True, 16_000),
+    Row("whole connects/s", sockets.CONNECTS, True, 3_000),
+    Row("whole connect, p50, ms", sockets.CONNECT_P50_MS, False),
+    Row("whole connect, p99, ms", sockets.CONNECT_P99_MS, False, 250),
+    Row("fan-out, one event a send, frames/s", fanout.FRAMES, True, 250_000),
+    Row("fan-out, bursts of 10, events/s", fanout.BURSTS, True),
+)
+PART_ROWS = (
+    *(
+        PartRow(f"timer {operation}, ns at 10 / 1,000 / 100,000", f"timer {operation}", TIMER_SIZES, "wheel")
+        for operation in ("start", "restart", "stop", "expire")
+    ),
+    *(
+        PartRow(f"frame {operation}, ns at 16 B / 190 B / 4 KB", f"frame {operation}", FRAME_SIZES, "hub")
+        for operation in ("decode", "encode")
+    ),
+)
+
+
+def markdown(figures: Figures, heading: str) -> str:
+    """The table with its heading above and its legend below."""
+    lines = [heading, "", "| | goal | Presence | beside it |", "|---|---|---|---|"]
+    lines += [_row(row, series) for row in ROWS if PRESENCE in (series := figures.of(row.figure))]
+    lines += [_part_row(row, figures) for row in PART_ROWS if figures.of(f"{row.group}/{row.sizes[0]}")]
+    return "\n".join([*lines, "", *_legend(figures)])
+
+
+def _row(row: Row, by_peer: Mapping[str, Series]) -> str:
+    own = by_peer[PRESENCE]
+    goal = "" if row.goal is None else ("≥ " if row.more_is_better else "≤ ") + f"{row.goal:,.0f}"
+    mark = f" {MISSED_MARK}" if row.is_missed(own.median) else ""
+    peers = [
+        f"{who} {_cell(series, row.digits)} ×{_ratio(own.median, series.median, row.more_is_better)}"
+        for who, series in by_peer.items()
+        if who != PRESENCE
+    ]
+    return f"| {row.title} | {goal} | **{_cell(own, row.digits, strong=True)}{mark} | {'; '.join(peers)} |"
+
+
+def _cell(series: Series, digits: int, *, strong: bool = False) -> str:
+    """`median (least to greatest)`, and the mark of a client that may have been the bottleneck."""
+    median = f"{series.median:,.{digits}f}" + ("**" if strong else "")
+    mark = SATURATION_MARK if series.is_saturated else ""
+    if len(series.values) == 1:
+        return f"{median}{mark}"
+    return f"{median}{mark} ({min(series.values):,.{digits}f} to {max(series.values):,.{digits}f})"
+
+
+def _ratio(own: float, other: float, more_is_better: bool) -> str:
+    ratio = own / other if more_is_better else other / own
+    return f"{ratio:.2g}" if ratio < 10 else f"{ratio:,.0f}"
+
+
+def _part_row(row: PartRow, figures: Figures) -> str:
+    at_sizes = [figures.of(f"{row.group}/{size}") for size in row.sizes]
+    others = [who for who in at_sizes[0] if who != row.who]
+    beside = "; ".join(f"{who} {_medians(who, at_sizes, _short)}" for who in others)
+    return f"| {row.title} | | **{_medians(row.who, at_sizes, _short)}** | {beside} |"
+
+
+def _medians(who: str, at_sizes: Iterable[Mapping[str, Series]], shown: Callable[[float], str]) -> str:
+    return " / ".join(shown(series[who].median) for series in at_sizes)
+
+
+def _short(ns: float) -> str:
+    return f"{ns:.1f}" if ns < 100 else f"{ns:,.0f}"
+
+
+def _legend(figures: Figures) -> list[str]:
+    lines = ["Medians (least to greatest of the rounds); ×n: Presence is n times as good as that peer in this run."]
+    shares = [
+        f"{title} {share:.0%}"
+        for title, figure in (
+            ("upgrades", sockets.UPGRADES),
+            ("connects", sockets.CONNECTS),
+            ("fan-out", fanout.FRAMES),
+        )
+        if (series := figures.of(figure).get(PRESENCE)) and (share := series.client_share) is not None
+    ]
+    if shares:
+        lines.append(f"Share of its core that the client needed against Presence: {', '.join(shares)}.")
+    if any(series.is_saturated for row in ROWS for series in figures.of(row.figure).values()):
+        lines.append(f"{SATURATION_MARK} the client needed all of its core: the server may be faster than this.")
+    if any(row.is_missed(series[PRESENCE].median) for row in ROWS if PRESENCE in (series := figures.of(row.figure))):
+        lines.append(f"{MISSED_MARK} below the goal in this run.")
+    lines += [f"Left out: {who}: {why}." for who, why in figures.skipped.items()]
+    return lines
