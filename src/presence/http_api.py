@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 AGENTS_PER_PAGE: Final = 1_000
 CLASSROOMS_PER_COUNT: Final = 1_000
-QUERIES_IN_FLIGHT: Final = 4
+QUERIES_IN_FLIGHT: Final = 2  # a full page holds the loop for 2 to 3 ms, and all that are under way may end in one turn
 CONNECTIONS_MAX: Final = 64
 REQUEST_TIMEOUT_S: Final = 10.0
 REQUEST_MAX_BYTES: Final = 65_536  # head and body: a count of 1,000 classrooms has 40,000
