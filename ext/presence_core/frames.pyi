@@ -2,6 +2,8 @@
 
 from typing import Final
 
+from typing_extensions import disjoint_base
+
 OPCODE_CONTINUATION: Final = 0
 OPCODE_TEXT: Final = 1
 OPCODE_BINARY: Final = 2
@@ -17,6 +19,7 @@ class ProtocolError(Exception):
 
     def __init__(self, close_code: int, events: list[tuple[int, bytes, int]]) -> None: ...
 
+@disjoint_base
 class Decoder:
     """A streaming decoder of what one client sends, for tests and benchmarks.
 

@@ -119,7 +119,7 @@ LIMIT_BACKLOG = "backlog"
 LIMIT_MESSAGES = "messages"
 LIMIT_PINGS = "pings"
 cdef double ALARM_MAX_MS = 2.0**48  # further away there is nothing to tell apart
-EMPTY_CLOSE_FRAME = b"\x88\x00"
+cdef bytes EMPTY_CLOSE_FRAME = b"\x88\x00"
 STATE_NAMES = ("new", "open", "closing", "close_received", "finishing", "closed")
 
 

@@ -2,6 +2,9 @@
 
 from collections.abc import Hashable
 
+from typing_extensions import disjoint_base
+
+@disjoint_base
 class TimerWheel:
     """A timing wheel that owns its entries, one for each key. Ticks are 0 to 2**64 - 1 and have no unit of their own.
 

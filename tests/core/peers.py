@@ -180,7 +180,8 @@ class Peer:
         self.socket.close()
 
     def __del__(self) -> None:
-        self.socket.close()
+        if hasattr(self, "socket"):
+            self.socket.close()
 
     def reset(self) -> None:
         """Vanish with a RST."""
