@@ -145,6 +145,10 @@ class Lives:
         except SessionError as error:
             self._metrics.connects.labels(error.reason.type).inc()
             self.end(agent, error.reason, error.title)
+        except Exception:
+            self._metrics.connects.labels(reasons.INTERNAL_ERROR.type).inc()
+            self.end(agent, reasons.INTERNAL_ERROR)
+            raise
 
     async def _authorize(self, agent: Agent, request: protocol.ConnectRequest) -> Identity:
         identity = await self._authenticator.authenticate(request.token)
@@ -157,11 +161,12 @@ class Lives:
         if agent.phase is not Phase.CONNECTING or not agent.is_open:
             return False
         settings = self._settings
-        agent.session_id = session_id
-        agent.phase = Phase.CONNECTED
         ping_interval_ms, pong_timeout_ms = int(settings.ping_interval_s * 1000), int(settings.pong_timeout_s * 1000)
         success = protocol.encode_success(session_id, agent.agent_id, ping_interval_ms, pong_timeout_ms)
-        agent.send(encode_frame(OPCODE_TEXT, success))
+        if not agent.send(encode_frame(OPCODE_TEXT, success)):
+            return False
+        agent.session_id = session_id
+        agent.phase = Phase.CONNECTED
         agent.join(room)
         agent.start_heartbeat()
         self._watch_expiry(agent)

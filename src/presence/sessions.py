@@ -138,7 +138,8 @@ class Sessions:
             if predecessor is not None:
                 self._forget(predecessor)
             reason = error.reason if isinstance(error, SessionError) else reasons.INTERNAL_ERROR
-            await self._close(session.session_id, reason)
+            # Not awaited: the agent is told now. Should it come again at once, its new row waits for this close.
+            self._store.close_later(session.session_id, reason.type, datetime.now(UTC))
             raise
 
     async def _enter(
@@ -159,9 +160,9 @@ class Sessions:
             await self._bus.confirm()  # NATS works in order: the subscription is active, and enter came after it
             room = self._fanout.enter(agent.classroom_id, agent)
             if not welcome(agent, session_id, room):
-                self._fanout.leave(agent.classroom_id, agent)
                 raise Gone
         except BaseException:
+            self._fanout.leave(agent.classroom_id, agent)
             self._bus.release(agent.classroom_id)
             raise
 
@@ -180,12 +181,9 @@ class Sessions:
         try:
             if self._fanout.agent_in(agent.classroom_id, agent.agent_id) is agent:
                 self._forget(agent)
-                await self._close(agent.session_id, reason)
+                await self._store.close_session(agent.session_id, reason.type, datetime.now(UTC))
         finally:
             self._turns.give(key)
-
-    async def _close(self, session_id: int, reason: Reason) -> None:
-        await self._store.close_session(session_id, reason.type, datetime.now(UTC))
 
     def on_owned(self, rows: Sequence[ClosedSession]) -> None:
         """Rows that are this replica's to close, locked and not yet moved: now the others are told."""
