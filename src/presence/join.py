@@ -13,7 +13,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
@@ -63,6 +63,7 @@ class TerminalAgent:
     show: Callable[[str], None]
     refresh_every_s: float | None = None
     chance: Callable[[], float] = random.random
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     _failures: int = 0
     _previous: set[asyncio.Task[None]] = field(default_factory=set, repr=False)  # sockets of gateways that go away
     _shown_ids: dict[str, None] = field(default_factory=dict, repr=False)  # of the last events, oldest first
@@ -77,7 +78,7 @@ class TerminalAgent:
                     return end.status
                 wait_s = self._backoff_s() if end.after_s is None else min(end.after_s, MAX_WAIT_S)
                 self.show(f"reconnecting in {wait_s:.1f} s")
-                await asyncio.sleep(wait_s)
+                await self.sleep(wait_s)
         finally:
             self._leave_previous()
             if self._previous:
