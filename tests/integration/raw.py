@@ -66,6 +66,9 @@ class Raw:
         self.writer.write(data)
         await within(self.writer.drain())
 
+    async def say(self, message: Any) -> None:
+        await self.send(frame(json.dumps(message)))
+
     async def answer(self, seconds: float = 5.0) -> Answer:
         lines = (await within(self.reader.readuntil(b"\r\n\r\n"), seconds)).decode("latin-1").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:-2])}

@@ -8,7 +8,8 @@ import os
 import resource
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -59,9 +60,12 @@ Upgrade: websocket
 FIREFOX_KEEP_ALIVE = FIREFOX.replace("Connection: Upgrade", "Connection: keep-alive, Upgrade")
 
 
+HANDSHAKES = 200
+
+
 @pytest.fixture
 async def gateway(tmp_path: Path, nats_url: str, database_url: str) -> AsyncIterator[Running]:
-    async with running_gateway(tmp_path, nats_url, database_url, max_handshakes=8) as running:
+    async with running_gateway(tmp_path, nats_url, database_url, max_handshakes=HANDSHAKES) as running:
         yield running
 
 
@@ -296,10 +300,10 @@ async def cpu_share(seconds: float = 0.5) -> float:
 async def test_handshakes_in_flight_are_bounded_and_the_rest_waits_without_spinning(gateway: Running) -> None:
     door = gateway.app.gateway.door
     assert door is not None
-    async with dialled(gateway.app.gateway.port, 20) as clients:
-        await eventually(lambda: door.handshakes == 8)
+    async with dialled(gateway.app.gateway.port, HANDSHAKES + 12) as clients:
+        await eventually(lambda: door.handshakes == HANDSHAKES)
         assert await cpu_share() < 0.2
-        assert door.handshakes == 8
+        assert door.handshakes == HANDSHAKES
         await clients[-1].send(head())
         for client in clients[:12]:
             client.abort()
@@ -334,33 +338,34 @@ async def test_out_of_descriptors_it_idles_and_serves_again_when_there_are_some(
 # --- bytes behind the head
 
 
-def is_read(port: int, sender: Raw) -> bool:
-    """Whether the process behind the port has read all that this socket sent: its receive queue, as the kernel has it."""
-    remote = sender.writer.get_extra_info("sockname")[1]
-    for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]:
-        _, here, there, _, queues, *_ = line.split()
-        if (int(here.partition(":")[2], 16), int(there.partition(":")[2], 16)) == (port, remote):
-            return int(queues.partition(":")[2], 16) == 0
-    return False
+def unread(port: int) -> set[int]:
+    """The ports of those whose bytes the process behind `port` has not read yet: its receive queues, as the kernel has them."""
+    here = f":{port:04X}"
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines() if here in line]
+    queues = {int(line[2][-4:], 16): int(line[4].partition(":")[2], 16) for line in lines if line[1].endswith(here)}
+    return {remote for remote, waiting in queues.items() if waiting}
 
 
-async def in_two_packets(gateway: Running, data: bytes, at: int) -> AsyncIterator[Raw]:
-    """A connection to which `data` came as two readings, split at `at`."""
+@asynccontextmanager
+async def in_two_packets(gateway: Running, data: bytes, cuts: Sequence[int]) -> AsyncIterator[list[tuple[int, Raw]]]:
+    """A connection for each cut, to which `data` comes as two readings, split there; all have their 101."""
     port = gateway.app.gateway.port
-    async with dialled(port) as (client,):
-        await client.send(data[:at])
-        await eventually(lambda: not at or is_read(port, client))
-        await client.send(data[at:])
-        assert (await client.answer()).status == 101
-        yield client
+    async with dialled(port, len(cuts)) as clients:
+        for at, client in zip(cuts, clients, strict=True):
+            await client.send(data[:at])
+        await eventually(lambda: not unread(port))
+        for at, client in zip(cuts, clients, strict=True):
+            await client.send(data[at:])
+            assert (at, (await client.answer()).status) == (at, 101)
+        yield list(zip(cuts, clients, strict=True))
 
 
 async def test_a_head_may_be_split_anywhere_and_nothing_behind_it_is_lost(gateway: Running) -> None:
     """At every byte of the head, of the frame's header, and of its payload."""
     data = head() + frame("lost?", Opcode.PING)
-    for at in range(len(data)):
-        async for client in in_two_packets(gateway, data, at):
-            assert await client.frame() == (Opcode.PONG, b"lost?"), at
+    async with in_two_packets(gateway, data, range(len(data))) as clients:
+        for at, client in clients:
+            assert (at, await client.frame()) == (at, (Opcode.PONG, b"lost?"))
 
 
 async def test_a_request_in_the_same_packet_as_the_head_is_not_lost(gateway: Running) -> None:
@@ -373,9 +378,10 @@ async def test_a_request_in_the_same_packet_as_the_head_is_not_lost(gateway: Run
 
 async def test_the_start_of_a_frame_behind_the_head_is_kept_for_the_rest(gateway: Running) -> None:
     behind = frame(json.dumps(gateway.request()))
-    for here in (1, 2, 4, 6, 7, 8, 9, 127):
-        async for client in in_two_packets(gateway, head() + behind, len(head()) + here):
-            assert (await client.hear())["type"] == "connect_success", here
+    cuts = [len(head()) + here for here in (0, 1, 2, 4, 6, 7, 8, 9, 127)]
+    for at in cuts:  # one after the other: it is the same agent
+        async with in_two_packets(gateway, head() + behind, [at]) as ((_, client),):
+            assert (at, (await client.hear())["type"]) == (at, "connect_success")
 
 
 @pytest.mark.parametrize("head_bytes", [8_000, 16_383])
