@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from presence_core.hub import Connection, Hub
 
 from peers import OPCODE_CLOSE, OPCODE_PING, OPCODE_PONG, OPCODE_TEXT, Handler, Peer, masked, new_hub, turn_until
+from presence_core.hub import Connection, Hub
 
 TICK_S = 0.004
 LATE_S = 0.5  # a busy machine may be that late; being early is never allowed
@@ -239,7 +239,7 @@ def test_an_alarm_never_comes_early(hub: Hub, handler: Handler, delay_ms: float)
     told: list[float] = []
     handler.react["on_deadline"] = lambda connection, deadline: told.append(time.monotonic_ns() / 1e6)
     peer = Peer(hub)
-    for _ in range(10):
+    for _ in range(30 if delay_ms < 5 else 5):  # at any point of a tick
         told.clear()
         begun = time.monotonic_ns() / 1e6
         peer.connection.set_alarm(delay_ms)
