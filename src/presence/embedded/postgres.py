@@ -35,6 +35,7 @@ SUPERUSER: Final = "postgres"
 PORT: Final = 5_432  # part of the socket's name, no TCP port
 USER_NAME: Final = "pgserver"  # the wheel's own name for it
 MAX_SOCKET_PATH_BYTES: Final = 107  # sun_path in unix(7), less its final zero
+LIST_CHARACTERS: Final = frozenset(",\"'\\")  # they mean something in lists of folders and hosts
 INIT_TIMEOUT_S: Final = 60.0
 START_TIMEOUT_S: Final = 60.0  # a crash recovery is part of it
 
@@ -120,7 +121,8 @@ class Postgres:
 
     def _choose_socket_dir(self, owner: pwd.struct_passwd | None) -> Path:
         name = f".s.PGSQL.{PORT}"
-        if len(os.fsencode(self._cluster / name)) <= MAX_SOCKET_PATH_BYTES:
+        fits = len(os.fsencode(self._cluster / name)) <= MAX_SOCKET_PATH_BYTES
+        if fits and not LIST_CHARACTERS & set(str(self._cluster)):
             return self._cluster
         short = Path(tempfile.mkdtemp(prefix="presence-"))
         if owner is not None:
@@ -128,12 +130,16 @@ class Postgres:
         return short
 
     async def _make_database(self) -> None:
-        connection = await asyncpg.connect(self._url(SUPERUSER), timeout=START_TIMEOUT_S)
         try:
-            if not await connection.fetchval("SELECT true FROM pg_database WHERE datname = $1", DATABASE):
-                await connection.execute(f'CREATE DATABASE "{DATABASE}"')
-        finally:
-            await connection.close()
+            connection = await asyncpg.connect(self._url(SUPERUSER), timeout=START_TIMEOUT_S)
+            try:
+                if not await connection.fetchval("SELECT true FROM pg_database WHERE datname = $1", DATABASE):
+                    await connection.execute(f'CREATE DATABASE "{DATABASE}"')
+            finally:
+                await connection.close()
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            words = str(error).partition("\n")[0] or type(error).__name__
+            raise StartError(f"PostgreSQL cannot be used: {words} (see {self._log_path})") from None
 
     def _url(self, database: str) -> str:
         return f"postgresql://{SUPERUSER}@/{database}?host={quote(str(self._socket_dir))}&port={PORT}"
