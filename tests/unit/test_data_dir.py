@@ -16,7 +16,6 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from presence import data_dir
 from presence.data_dir import DataDir, Lock, State
 from presence.errors import StartError
 
@@ -112,7 +111,7 @@ def test_a_terminal_that_looks_does_not_stop_a_gateway_that_starts(
         if len(waited) == 2:
             os.close(looking)
 
-    monkeypatch.setattr(data_dir.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     with Lock(folder):
         assert len(waited) == 2
 
