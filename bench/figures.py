@@ -18,6 +18,11 @@ class Reading:
     client_share: float | None = None  # of one core
     server_share: float | None = None
 
+    @property
+    def server_us(self) -> float:
+        """For a rate: microseconds of the server's CPU for each. It holds on a busy machine, where a rate does not."""
+        return (self.server_share or 0.0) / self.value * 1e6
+
 
 @dataclass
 class Series:
@@ -32,6 +37,10 @@ class Series:
     @property
     def median(self) -> float:
         return statistics.median(self.values)
+
+    @property
+    def server_us(self) -> Series:
+        return Series([Reading(reading.server_us) for reading in self.readings])
 
     @property
     def client_share(self) -> float | None:

@@ -18,13 +18,21 @@ MISSED_MARK = "✗"
 
 @dataclass(frozen=True)
 class Row:
-    """One row. `more_is_better` says which way a ratio is turned; `goal` is compared with the median."""
+    """One row. `more_is_better` says which way a ratio is turned; `goal` is compared with the median.
+
+    `as_server_us`: the row shows what each of a rate took of the server's CPU.
+    """
 
     title: str
     figure: str
     more_is_better: bool
     goal: float | None = None
     digits: int = 0
+    as_server_us: bool = False
+
+    def series(self, figures: Figures) -> Mapping[str, Series]:
+        by_peer = figures.of(self.figure)
+        return {who: series.server_us for who, series in by_peer.items()} if self.as_server_us else by_peer
 
     def is_missed(self, value: float) -> bool:
         if self.goal is None:
@@ -46,10 +54,13 @@ ROWS = (
     Row("RSS of an idle socket, B", sockets.SOCKET_BYTES, False, 400),
     Row("RSS of an idle authenticated agent, B", sockets.AGENT_BYTES, False, 1_024),
     Row("upgrades/s", sockets.UPGRADES, True, 16_000),
+    Row("one upgrade, µs of the server's CPU", sockets.UPGRADES, False, as_server_us=True),
     Row("whole connects/s", sockets.CONNECTS, True, 3_000),
+    Row("one whole connect, µs of the gateway's CPU", sockets.CONNECTS, False, as_server_us=True),
     Row("whole connect, p50, ms", sockets.CONNECT_P50_MS, False),
     Row("whole connect, p99, ms", sockets.CONNECT_P99_MS, False, 250),
     Row("fan-out, one event a send, frames/s", fanout.FRAMES, True, 250_000),
+    Row("one frame of it, µs of the server's CPU", fanout.FRAMES, False, digits=1, as_server_us=True),
     Row("fan-out, bursts of 10, events/s", fanout.BURSTS, True),
 )
 PART_ROWS = (
@@ -67,7 +78,7 @@ PART_ROWS = (
 def markdown(figures: Figures, heading: str) -> str:
     """The table with its heading above and its legend below."""
     lines = [heading, "", "| | goal | Presence | beside it |", "|---|---|---|---|"]
-    lines += [_row(row, series) for row in ROWS if PRESENCE in (series := figures.of(row.figure))]
+    lines += [_row(row, series) for row in ROWS if PRESENCE in (series := row.series(figures))]
     lines += [_part_row(row, figures) for row in PART_ROWS if figures.of(f"{row.group}/{row.sizes[0]}")]
     return "\n".join([*lines, "", *_legend(figures)])
 
@@ -128,7 +139,7 @@ def _legend(figures: Figures) -> list[str]:
         lines.append(f"Share of its core that the client needed against Presence: {', '.join(shares)}.")
     if any(series.is_saturated for row in ROWS for series in figures.of(row.figure).values()):
         lines.append(f"{SATURATION_MARK} the client needed all of its core: the server may be faster than this.")
-    if any(row.is_missed(series[PRESENCE].median) for row in ROWS if PRESENCE in (series := figures.of(row.figure))):
+    if any(row.is_missed(series[PRESENCE].median) for row in ROWS if PRESENCE in (series := row.series(figures))):
         lines.append(f"{MISSED_MARK} below the goal in this run.")
     lines += [f"Left out: {who}: {why}." for who, why in figures.skipped.items()]
     return lines

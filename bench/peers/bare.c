@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -62,6 +63,7 @@ static void on_data(int fd) {
 int main(void) {
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     socklen_t length = sizeof address;
+    int on = 1; /* as the others have it: Nagle's algorithm would join frames at the price of their delay */
     int listener = socket(AF_INET, SOCK_STREAM, 0), epoll = epoll_create1(0);
     struct epoll_event event = {.events = EPOLLIN, .data.fd = listener}, events[128];
     if (bind(listener, (struct sockaddr *)&address, sizeof address) || listen(listener, 4096)) return 1;
@@ -77,7 +79,9 @@ int main(void) {
                 continue;
             }
             event.data.fd = accept(listener, NULL, NULL);
-            if (event.data.fd >= 0) epoll_ctl(epoll, EPOLL_CTL_ADD, event.data.fd, &event);
+            if (event.data.fd < 0) continue;
+            setsockopt(event.data.fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+            epoll_ctl(epoll, EPOLL_CTL_ADD, event.data.fd, &event);
         }
     }
 }
