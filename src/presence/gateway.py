@@ -7,8 +7,6 @@ and parses the request and writes the 101. Knows nothing of what agents say once
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import contextlib
 import errno
 import logging
@@ -16,19 +14,19 @@ import os
 import re
 import select
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 import aiofastnet
 import picows
 import picows.picows
-from presence_core.hub import Hub
-from presence_core.upgrade import READ_BUFFER_INIT_BYTES, Upgrade
 
 from presence.connection import Agent
 from presence.errors import StartError
 from presence.log import get
+from presence_core.hub import Hub
+from presence_core.upgrade import READ_BUFFER_INIT_BYTES, Upgrade
 
 if TYPE_CHECKING:
     from presence.config import Settings
@@ -42,7 +40,7 @@ HANDSHAKE_TIMEOUT_S: Final = 5
 ACCEPT_RETRY_S: Final = 0.1
 RETRY_AFTER_S: Final = 2
 WEBSOCKET_VERSION: Final = "13"
-KEY_BYTES: Final = 16
+KEY: Final = re.compile(r"[A-Za-z0-9+/]{22}==")  # sixteen bytes in base64 (RFC 6455 section 4.1)
 
 # The request target may be a whole URL (RFC 9112 section 3.2.2), and may have a query.
 RESOURCE: Final = re.compile(rb"(?:(?i:https?)://[^/?#]*)?/ws(?:\?[^#]*)?")
@@ -263,10 +261,11 @@ class Gateway:
 
     def _allows(self, headers: Any) -> bool:
         """A browser's page may connect from the origins that are configured; with none, from the host it came from."""
-        origins = [origin.lower() for origin in headers.getall("Origin", [])]
-        if self._origins and "*" not in self._origins:
-            return self._origins.issuperset(origins)
-        return "*" in self._origins or all(is_origin_of(origin, headers["Host"].lower()) for origin in origins)
+        origins = [origin.lower() for origin in headers.getall("Origin", ())]
+        if not self._origins:
+            host = headers["Host"].lower()
+            return all(is_origin_of(origin, host) for origin in origins)
+        return "*" in self._origins or self._origins.issuperset(origins)
 
     def _on_adoption_failed(self, error: Exception) -> None:
         log.warning("adoption_failed", limited=True, error=repr(error))
@@ -280,24 +279,16 @@ def find_flaw(headers: Any) -> picows.WSUpgradeResponse | None:
     headers["Upgrade"], headers["Connection"] = "websocket", "upgrade"
     if headers.getall("Sec-WebSocket-Version", []) != [WEBSOCKET_VERSION]:
         return refusal(HTTPStatus.UPGRADE_REQUIRED, {"Sec-WebSocket-Version": WEBSOCKET_VERSION})
-    keys, hosts = headers.getall("Sec-WebSocket-Key", []), headers.getall("Host", [])
-    if len(keys) != 1 or not is_key(keys[0]) or len(hosts) != 1 or HOST.fullmatch(hosts[0]) is None:
+    keys, hosts = headers.getall("Sec-WebSocket-Key", ()), headers.getall("Host", ())
+    if len(keys) != 1 or KEY.fullmatch(keys[0]) is None or len(hosts) != 1 or HOST.fullmatch(hosts[0]) is None:
         return refusal(HTTPStatus.BAD_REQUEST)
     return None
 
 
 def lists_token(headers: Any, header: str, wanted: str) -> bool:
     """Whether a header that lists tokens, on one line or several, has this one in any case."""
-    lines: Iterable[str] = headers.getall(header, [])
-    return any(token.strip().lower() == wanted for line in lines for token in line.split(","))
-
-
-def is_key(key: str) -> bool:
-    """Sixteen bytes in base64 (RFC 6455 section 4.1)."""
-    try:
-        return len(base64.b64decode(key, validate=True)) == KEY_BYTES
-    except (binascii.Error, ValueError):
-        return False
+    listed = ",".join(headers.getall(header, ())).lower()
+    return listed == wanted or wanted in [token.strip() for token in listed.split(",")]
 
 
 def is_origin_of(origin: str, host: str) -> bool:
