@@ -97,7 +97,7 @@ async def _serve(settings: Settings) -> int:
             _on_signals(lambda _: embedded.hurry())  # the gateway has gone; what is left is to stop its servers
         if status == app.EXIT_KILLED:
             embedded.hurry()
-        return status
+    return app.EXIT_KILLED if embedded.hurried else status
 
 
 def _on_ready(embedded: Embedded, settings: Settings, own_key: bool, running: App) -> None:

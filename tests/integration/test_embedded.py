@@ -162,6 +162,19 @@ async def test_a_second_signal_ends_it_at_once(shell: Shell) -> None:
     await eventually(lambda: not servers_of(shell.folder))
 
 
+async def test_a_second_signal_does_not_wait_for_a_server_that_is_stuck(shell: Shell) -> None:
+    gateway = await shell.serve()
+    (postgres,) = [server for server in servers_of(shell.folder) if server.name() == "postgres"]
+    postgres.suspend()
+    gateway.signal(signal.SIGTERM)
+    await eventually(lambda: any('"drain_finished"' in line for line in gateway.err), 15)
+    await eventually(lambda: len(servers_of(shell.folder)) == 1)  # NATS has ended; the other one never would
+    assert gateway.process.returncode is None
+    gateway.signal(signal.SIGTERM)
+    assert await gateway.status(8.0) == 130
+    assert servers_of(shell.folder) == []
+
+
 async def test_a_port_that_is_taken_is_one_line_and_leaves_no_server(shell: Shell) -> None:
     taken = await asyncio.start_server(lambda _reader, writer: writer.close(), "127.0.0.1", 0)
     async with taken:

@@ -29,6 +29,7 @@ class Embedded:
         self.data_dir = DataDir(data_dir)
         self.auth_keys_path = self.data_dir.auth_keys_path
         self.api_token = ""
+        self.hurried = False
         self.nats_url: str | None = None
         self.database_url: str | None = None
         self._nats = Nats(self.data_dir.path) if nats else None
@@ -54,6 +55,7 @@ class Embedded:
 
     def hurry(self) -> None:
         """Cuts short whatever time the servers would still get to end; what they have committed is kept."""
+        self.hurried = True
         for server in self._servers():
             server.hurry()
 

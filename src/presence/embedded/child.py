@@ -28,6 +28,7 @@ Found = TypeVar("Found")
 POLL_INTERVAL_S: Final = 0.01
 STALE_TIMEOUT_S: Final = 20.0
 KILL_TIMEOUT_S: Final = 5.0
+HURRY_TIMEOUT_S: Final = 1.0
 MAX_LOG_BYTES: Final = 8 * 2**20
 
 log = get("embedded")
@@ -109,10 +110,14 @@ class Child:
             except TimeoutError:
                 log.warning("embedded_server_slow_to_stop", server=self.name, signal=number.name)
 
-    def send(self, number: signal.Signals) -> None:
-        """Sends a signal to it, if it runs; `stop` still has to be awaited."""
+    def hurry(self, number: signal.Signals) -> None:
+        """Ends it with this signal, or soon with SIGKILL, whatever `stop` still waits for; that must be awaited."""
+        self._serving = False
+        for after_s, each in ((0.0, number), (HURRY_TIMEOUT_S, signal.SIGKILL)):
+            asyncio.get_running_loop().call_later(after_s, self._send, each)
+
+    def _send(self, number: signal.Signals) -> None:
         if self._process is not None and not self._exited.is_set():
-            self._serving = False
             self._process.send_signal(number)
 
     def _on_exit(self, pidfd: int) -> None:

@@ -59,7 +59,7 @@ class Nats:
     def hurry(self) -> None:
         """Ends it at once."""
         if self._child is not None:
-            self._child.send(signal.SIGKILL)
+            self._child.hurry(signal.SIGKILL)
 
     async def _run(self, program: Path, port: int) -> None:
         self._child = child = Child("nats-server", self._log_path, [(signal.SIGTERM, 5.0)])

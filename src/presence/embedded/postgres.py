@@ -91,7 +91,7 @@ class Postgres:
 
     def hurry(self) -> None:
         """Ends it without a checkpoint: the next start recovers."""
-        self._child.send(signal.SIGQUIT)
+        self._child.hurry(signal.SIGQUIT)
 
     def _owner(self) -> pwd.struct_passwd | None:
         """Returns the user to run as, or None to stay who we are."""
