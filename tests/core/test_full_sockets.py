@@ -146,10 +146,11 @@ def test_past_its_bound_a_connection_takes_nothing_until_it_is_closed(hub: Hub, 
     while sent:
         sent = peer.connection.send(text(1, 3000))
     assert peer.connection.is_open  # the handler is told with the next turn
-    assert not peer.connection.send(text(2))
-    assert handler.of("on_limit") == []
     waiting = peer.connection.backlog_bytes
     assert waiting < 3100
+    assert not peer.connection.send(text(2))
+    assert peer.connection.backlog_bytes == waiting
+    assert handler.of("on_limit") == []
     assert peer.connection.close(4000)  # before it: then there is nothing to tell
     hub.run_once(0)
     assert handler.of("on_limit") == []
