@@ -13,7 +13,7 @@ import httpx
 import pytest
 from running import Signer
 
-from processes import PROGRAM, Shell, environment, shell_in
+from processes import PROGRAM, Shell, environment, servers_of, shell_in
 from servers import PostgresDatabase, free_port
 from waiting import eventually, within
 
@@ -53,12 +53,14 @@ async def failed(shell: Shell, *arguments: str, env: dict[str, str], status: int
     return err[-1]
 
 
-async def test_a_database_that_does_not_answer(shell: Shell, nats_url: str) -> None:
+async def test_a_database_that_does_not_answer_leaves_no_server(shell: Shell) -> None:
+    """NATS is an embedded one here: it has been started by then."""
     port = free_port()
-    env = settings(shell, nats_url, f"postgresql://user:hunter2@127.0.0.1:{port}/database")
+    env = settings(shell, "", f"postgresql://user:hunter2@127.0.0.1:{port}/database")
     line = f"presence: the database at 127.0.0.1:{port} cannot be used: Connection refused"
     assert await failed(shell, "serve", env=env) == line
-    assert await failed(shell, "migrate", env=env) == line
+    assert (shell.folder / ".presence" / "nats.log").exists()
+    assert servers_of(shell.folder) == []
 
 
 async def test_a_database_that_is_not_there(shell: Shell, nats_url: str, postgres_url: str) -> None:
@@ -67,11 +69,10 @@ async def test_a_database_that_is_not_there(shell: Shell, nats_url: str, postgre
     assert line.endswith('cannot be used: database "nothing" does not exist')
 
 
-async def test_a_nats_that_does_not_answer(shell: Shell, database_url: str) -> None:
-    url = f"nats://user:hunter2@127.0.0.1:{free_port()}"
-    env = settings(shell, url, database_url)
-    assert (await failed(shell, "serve", env=env)).startswith("presence: NATS cannot be reached")
-    line = f"presence: cannot connect to NATS at {url.rpartition('@')[2]}: Connection refused"
+async def test_publishing_where_no_nats_answers(shell: Shell) -> None:
+    place = f"127.0.0.1:{free_port()}"
+    env = {"PRESENCE_NATS_URL": f"nats://user:hunter2@{place},nats://user:hunter2@{place}"}
+    line = f"presence: cannot connect to NATS at {place}, {place}: Connection refused"
     assert await failed(shell, "publish", ROOM, "chat", "1", env=env) == line
 
 

@@ -116,16 +116,6 @@ async def test_a_first_evening(shell: Shell) -> None:
     assert alice.err == bob.err == []
 
 
-async def test_a_second_gateway_on_the_same_folder_is_told_who_serves_it(shell: Shell) -> None:
-    gateway = await shell.serve()
-    status, out, err = await shell.run("serve", "--port", "0", "--http-port", "0")
-    data_dir = shell.folder / ".presence"
-    assert (status, out) == (1, [])
-    assert err == [f"presence: {data_dir} is already served by process {gateway.process.pid}"]
-    async with httpx.AsyncClient(trust_env=False) as client:
-        assert (await client.get(shell.state()["http_url"] + "/readyz")).status_code == 200
-
-
 async def test_after_a_kill_nothing_is_left_and_the_same_is_served_again(shell: Shell) -> None:
     gateway = await shell.serve(env=SOON)
     status, (token,), _ = await shell.run("token", "--classroom", "*", "--agent", "carol")
@@ -150,10 +140,13 @@ async def test_after_a_kill_nothing_is_left_and_the_same_is_served_again(shell: 
     await carol.says("chat [1,2]")
 
 
-async def test_a_second_signal_ends_it_at_once(shell: Shell) -> None:
+async def test_a_second_gateway_is_told_who_serves_and_a_second_signal_ends_the_first_at_once(shell: Shell) -> None:
     gateway = await shell.serve(env={"PRESENCE_DRAIN_TIMEOUT_S": "600", "PRESENCE_RECONNECT_SPREAD_S": "600"})
+    status, out, err = await shell.run("serve", "--port", "0", "--http-port", "0")
+    assert (status, out) == (1, [])
+    assert err == [f"presence: {shell.folder / '.presence'} is already served by process {gateway.process.pid}"]
     agent = await shell.start("join", "--agent", "alice")
-    await agent.says("connected")
+    await agent.says("connected")  # the first one goes on
     gateway.signal(signal.SIGTERM)
     await agent.says("terminated: ")
     assert gateway.process.returncode is None
