@@ -126,6 +126,8 @@ def _short(ns: float) -> str:
 
 def _legend(figures: Figures) -> list[str]:
     lines = ["Medians (least to greatest of the rounds); ×n: Presence is n times as good as that peer in this run."]
+    if any(figures.of(f"{row.group}/{row.sizes[0]}") for row in PART_ROWS):
+        lines.append("TimerWheel, Decoder and encode_frame are the same code through its Python seam.")
     shares = [
         f"{title} {share:.0%}"
         for title, figure in (
