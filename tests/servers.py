@@ -6,8 +6,10 @@ plain blocking code, so that fixtures of any loop can use it. PostgreSQL runs wi
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import random
 import shutil
 import signal
 import socket
@@ -32,15 +34,21 @@ with warnings.catch_warnings():
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 10.0
 PR_SET_PDEATHSIG = 1
+FIRST_PORT = 12_000
+END_OF_PORTS = 32_000
 LIBC = ctypes.CDLL(None)
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of 127.0.0.1 that nothing listens on now.
+
+    Below those that the kernel gives to clients: a server that is stopped and started again must find its port free.
+    """
+    while True:
+        port = random.randrange(FIRST_PORT, END_OF_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def die_with_parent(signum: int) -> Callable[[], None]:
@@ -112,7 +120,8 @@ class ServerProcess:
         """SIGKILL to it and its children: nothing is flushed, nobody is told."""
         family = self._family()
         for member in family:
-            member.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # gone by itself
+                member.kill()
         assert self.process is not None, "not started"
         self.process.wait(STOP_TIMEOUT_S * SCALE)
         psutil.wait_procs(family, STOP_TIMEOUT_S * SCALE)

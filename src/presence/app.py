@@ -12,7 +12,9 @@ import signal
 import uuid
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Final
+from uuid import UUID
 
 from presence_core.hub import Hub
 
@@ -27,7 +29,7 @@ from presence.gateway import Gateway
 from presence.http_api import HttpApi
 from presence.log import get
 from presence.metrics import Metrics
-from presence.replicas import Lease
+from presence.replicas import Lease, Owners
 from presence.sessions import Sessions
 from presence.steps import Steps
 from presence.store import Store
@@ -63,7 +65,9 @@ class App:
     async def _start(self) -> None:
         settings, stack, metrics = self.settings, self._stack, self.metrics
         if settings.nats_url is None or settings.database_url is None:
-            raise ConfigError("nats_url and database_url are needed here: the embedded servers are somebody else's to start")
+            raise ConfigError(
+                "nats_url and database_url are needed here: the embedded servers are somebody else's to start"
+            )
         authenticator = await Authenticator.open(settings, metrics=metrics)
         stack.push_async_callback(authenticator.close)
         authorizer = Authorizer(settings, metrics=metrics)
@@ -80,24 +84,28 @@ class App:
             metrics=metrics,
         )
         stack.push_async_callback(self.bus.close)
+        owners = Owners(self.bus, metrics)
         self.store = await Store.open(
             settings.database_url,
             self.replica_id,
             settings.replica_label,
             on_owned=lambda rows: self.sessions.on_owned(rows),  # noqa: PLW0108 - made after the store
+            ask_owner=owners.ask,
             metrics=metrics,
         )
         stack.push_async_callback(self.store.close)
-        lease = Lease(settings, self.store)
-        lease.open()
-        stack.push_async_callback(lease.close)
-
         self.sessions = Sessions(
             self.store, self.bus, self.fanout, self.steps, metrics, subject_prefix=settings.subject_prefix
         )
         self.lives = Lives(
             settings, authenticator, authorizer, self.sessions, self.fanout, metrics, self.steps, random=random.random
         )
+        await owners.serve(self.replica_id, self.sessions.release)
+        self.lease = Lease(
+            settings, self.store, metrics, come_back=partial(self._come_back, owners), reconcile=self.sessions.reconcile
+        )
+        self.lease.open()
+        stack.push_async_callback(self.lease.close)
         self._open_hub()
         self.gateway = Gateway(settings, self.hub, metrics)
         await self.gateway.open()
@@ -128,6 +136,13 @@ class App:
         self.fanout.use(self.hub)
         self.metrics.register_hub(self.hub.stats)
 
+    async def _come_back(self, owners: Owners, replica_id: UUID) -> None:
+        """Swept: go on as somebody else, who owns nothing yet."""
+        await owners.serve(replica_id, self.sessions.release)
+        await self.store.begin_anew(replica_id)
+        self.replica_id = replica_id
+        await self.sessions.come_back()
+
     def _close_hub(self, loop: asyncio.AbstractEventLoop) -> None:
         loop.remove_reader(self.hub.fileno())
         self.hub.close()
@@ -136,7 +151,17 @@ class App:
         return self.started and not self.gateway.draining and self.store.healthy and self.bus.connected
 
     async def drain(self) -> bool:
-        drain = Drain(self.settings, self.hub, self.gateway, self.lives, self.steps, self.store, self.bus)
+        drain = Drain(
+            self.settings,
+            self.hub,
+            self.gateway,
+            self.lives,
+            self.sessions,
+            self.lease,
+            self.steps,
+            self.store,
+            self.bus,
+        )
         return await drain.run()
 
     async def stop(self) -> None:

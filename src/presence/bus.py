@@ -18,7 +18,7 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final, Self, cast
 from uuid import UUID
 
@@ -36,6 +36,7 @@ log = get("bus")
 
 OnMessage = Callable[[str, bytes, Mapping[str, str] | None], None]
 OnGap = Callable[[], None]
+Answer = Callable[[bytes], Awaitable[bytes]]
 Outgoing = tuple[str, bytes, dict[str, str]]
 
 CONNECT_TIMEOUT_S: Final = 3.0
@@ -132,6 +133,7 @@ class Bus:
         self._client: Client | None = None
         self._lost = asyncio.Event()
         self._topics: dict[UUID, Topic] = {}
+        self._services: dict[str, Answer] = {}
         self._outgoing: deque[Outgoing] = deque()
         self._waiters: list[asyncio.Future[None]] = []
         self._round: Round | None = None
@@ -196,6 +198,38 @@ class Bus:
             await remote.unsubscribe()
         except NatsError:
             return  # its connection has gone, and the subscription with it
+
+    # --- replicas among themselves
+
+    async def serve(self, subject: str, answer: Answer) -> None:
+        """Answer the requests on a subject, on this connection and on those that follow it."""
+        self._services[subject] = answer
+        if self._client is not None:
+            await self._serve(self._client, subject, answer)
+
+    async def _serve(self, client: Client, subject: str, answer: Answer) -> None:
+        def on_request(message: Msg) -> None:
+            self._spawn(self._answer(message, answer))
+
+        await client.subscribe(subject, future=_inbox(on_request))
+
+    async def _answer(self, message: Msg, answer: Answer) -> None:
+        try:
+            await message.respond(await answer(message.data))
+        except NatsError as error:  # whoever asked does not wait for ever
+            log.warning("answer_not_sent", limited=True, error=repr(error))
+        except Exception as error:
+            log.error("answer_failed", limited=True, error=repr(error), exc_info=error)
+
+    async def request(self, subject: str, payload: bytes, timeout_s: float) -> bytes:
+        """The answer to a request; raises Unavailable when nobody listens there, or does not answer in time."""
+        client = self._client
+        if client is None:
+            raise Unavailable("NATS is away")
+        try:
+            return (await client.request(subject, payload, timeout=timeout_s)).data
+        except (NatsError, OSError) as error:
+            raise Unavailable("No answer") from error
 
     # --- publishing
 
@@ -301,6 +335,8 @@ class Bus:
                     closed_cb=on_closed,
                 )
                 await client.subscribe(self._echo_subject, future=_inbox(self._on_echo))
+                for subject, answer in list(self._services.items()):
+                    await self._serve(client, subject, answer)
                 for topic in list(self._topics.values()):
                     await self._subscribe(client, topic)
                     if not topic.users and topic.remote is not None:  # released meanwhile

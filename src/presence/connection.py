@@ -95,6 +95,8 @@ class Lives:
         self._is_debug = settings.log_level == "debug"
         self._connects = asyncio.Semaphore(settings.max_connects_in_flight)
         self.draining = False
+        self.parks = False  # a session whose socket closes in the drain waits for its agent to come back elsewhere
+        sessions.use(self.end)
 
     # --- open: the upgrade is done, ten seconds to say who it is
 
@@ -139,7 +141,7 @@ class Lives:
                 agent.agent_id = agent_id_of(request.agent_label, identity)
                 agent.classroom_id = request.classroom_id
                 agent.expires_at = identity.expires_at
-                await self._sessions.connect(agent, self._welcome, self._replace)
+                await self._sessions.connect(agent, self._welcome)
             self._connected_count.inc()
             self._metrics.connect_seconds.observe(time.perf_counter() - started)
         except SessionError as error:
@@ -177,10 +179,6 @@ class Lives:
                 "agent_connected", agent_id=agent.agent_id, classroom_id=agent.classroom_id, session_id=session_id
             )
         return True
-
-    def _replace(self, predecessor: Agent) -> None:
-        """The same agent has connected again: this connection is over, its session lives on."""
-        self.end(predecessor, reasons.REPLACED)
 
     # --- connected: the token runs, and may be renewed
 
@@ -256,9 +254,10 @@ class Lives:
         if phase is Phase.ENDED:
             return
         self._ended_counts[reason.type].inc()
-        if reason.announced:
-            message = None if agent.told and reason is reasons.TERMINATED else self._error_frame(reason, title)
-            agent.close(reason.close_code, b"", message)
+        if reason.announced and agent.told and reason in (reasons.TERMINATED, reasons.REPLACED):
+            agent.close(reasons.TERMINATED.close_code)  # it knows that this connection ends, and why
+        elif reason.announced:
+            agent.close(reason.close_code, b"", self._error_frame(reason, title))
         elif reason is reasons.INTERNAL_ERROR:
             agent.close(reason.close_code)
         if phase is Phase.CONNECTED and reason.leaves:
@@ -271,7 +270,10 @@ class Lives:
     async def _leave(self, agent: Agent, reason: Reason) -> None:
         """agent.leave, then the row to history, then the answer to the agent's close frame."""
         try:
-            await self._sessions.leave(agent, reason)
+            if self.parks and agent.told and reason is not reasons.REMOVED:
+                await self._sessions.park(agent, reason)
+            else:
+                await self._sessions.leave(agent, reason)
         finally:
             agent.finish()
 

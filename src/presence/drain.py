@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from presence.config import Settings
     from presence.connection import Agent, Lives
     from presence.gateway import Gateway
+    from presence.replicas import Lease
+    from presence.sessions import Sessions
     from presence.steps import Steps
     from presence.store import Store
 
@@ -35,9 +37,20 @@ WRITE_TIMEOUT_S: Final = (
 
 class Drain:
     def __init__(
-        self, settings: Settings, hub: Hub, gateway: Gateway, lives: Lives, steps: Steps, store: Store, bus: Bus
+        self,
+        settings: Settings,
+        hub: Hub,
+        gateway: Gateway,
+        lives: Lives,
+        sessions: Sessions,
+        lease: Lease,
+        steps: Steps,
+        store: Store,
+        bus: Bus,
     ) -> None:
         self._timeout_s = settings.drain_timeout_s
+        self._sessions = sessions
+        self._lease = lease
         self._hub = hub
         self._gateway = gateway
         self._lives = lives
@@ -50,10 +63,13 @@ class Drain:
         started = time.monotonic()
         self._gateway.draining = True
         self._lives.draining = True
+        self._lives.parks = self._lease.has_others  # without others there is nowhere to come back
         await self._each(self._hub.members(), self._lives.tell_terminated)
         log.info("drain_started", agents=len(self._hub), told_s=round(time.monotonic() - started, 3))
         await self._until_empty(started + self._timeout_s)
         remaining = len(self._hub)
+        self._lives.parks = False
+        self._sessions.close_parked()
         await self._each(self._hub.members(), lambda agent: self._lives.end(agent, reasons.TERMINATED))
         written = await self._write()
         await self._until_empty(time.monotonic() + CLOSE_HANDSHAKE_S)
@@ -68,7 +84,7 @@ class Drain:
 
     async def _until_empty(self, deadline: float) -> None:
         # Asked again and again for ten seconds, once in a life; an event would cost something at every close before.
-        while len(self._hub) and time.monotonic() < deadline:  # noqa: ASYNC110
+        while (len(self._hub) or self._sessions.parked) and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(POLL_S)
 
     async def _write(self) -> bool:

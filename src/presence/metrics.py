@@ -55,6 +55,7 @@ class Metrics:
         self._add_access()
         self._add_store()
         self._add_bus()
+        self._add_replicas()
 
     def _add_agents(self) -> None:
         self.connects = self._counter("connects", "Connect requests by outcome: success or a reason", "outcome")
@@ -102,6 +103,14 @@ class Metrics:
         self.bus_reconnects = self._counter("bus_reconnects", "Reconnects to NATS")
         self.bus_errors = self._counter("bus_errors", "Errors of the NATS client, by kind", "kind")
         self.bus_flush_seconds = self._histogram("bus_flush_seconds", "Publishing what waits, until the echo proves it")
+
+    def _add_replicas(self) -> None:
+        self.owners_asked = self._counter("owners_asked", "Sessions that another replica was asked for", "outcome")
+        self.sessions_swept = self._counter("sessions_swept", "Sessions of dead replicas moved to history here")
+        self.leases_lost = self._counter("leases_lost", "Times that this replica found itself swept")
+        self.lease_age = self._gauge("lease_age_seconds", "Since this replica's lease was last renewed")
+        for outcome in ("answered", "silent"):
+            self.owners_asked.labels(outcome)
 
     def register_hub(self, read: Callable[[], Mapping[str, Any]]) -> None:
         """Add what the hub counts in C; `read` is called once per scrape and must only copy numbers.

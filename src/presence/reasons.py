@@ -24,6 +24,7 @@ __all__ = [
     "RATE_LIMITED",
     "REMOVED",
     "REPLACED",
+    "REPLICA_LOST",
     "SERIALIZATION_FAILED",
     "SLOW_CONSUMER",
     "TERMINATED",
@@ -81,6 +82,10 @@ LOST: Final = Reason("lost", "The socket went without a close frame", 499, 1006,
 PROTOCOL_ERROR: Final = Reason(
     "protocol_error", "The agent broke the WebSocket protocol", 400, 1002, reconnect=False, announced=False
 )
+# Nobody is left to close anything: the others find its lease run out.
+REPLICA_LOST: Final = Reason(
+    "replica_lost", "The replica that held the session was lost", 503, 1006, reconnect=True, announced=False
+)
 INTERNAL_ERROR: Final = Reason("internal_error", "Internal error", 500, 1011, reconnect=True, announced=False)
 
 # Every reason by its type, in the order of the table in docs/protocol.md.
@@ -104,6 +109,7 @@ BY_TYPE: Final[Mapping[str, Reason]] = MappingProxyType(
             CLOSED,
             LOST,
             PROTOCOL_ERROR,
+            REPLICA_LOST,
             INTERNAL_ERROR,
         )
     }

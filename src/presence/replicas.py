@@ -1,43 +1,172 @@
-"""This replica's lease: a row that says it lives, renewed while it does.
+"""This replica among the others: its lease, the sweep of those whose lease ran out, and asking an owner to let go.
 
-Owns when the lease is renewed. Knows nothing of agents or SQL.
+Owns when a lease is renewed, when another counts as run out, and what replicas say to each other. Knows nothing of sockets,
+frames or SQL.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Final
+from uuid import UUID, uuid4
 
-from presence.errors import SessionError
+import orjson
+
+from presence.errors import SessionError, Unavailable
 from presence.log import get
+from presence.store import Elsewhere
 
 if TYPE_CHECKING:
+    from presence.bus import Bus
     from presence.config import Settings
+    from presence.metrics import Metrics
     from presence.store import Store
 
 log = get("replicas")
 
 RENEWALS_PER_TTL: Final = 3  # two may fail before the lease runs out
+OWNER_TIMEOUT_S: Final = 0.5  # nobody is locked out by a replica that is dead or stands still for longer
+SWEEP_JITTER_S: Final = 0.1
+RECONCILE_INTERVAL_S: Final = 60.0
+
+Release = Callable[[UUID, str, int], Awaitable[None]]
+
+
+def release_subject(replica_id: UUID) -> str:
+    return f"presence.replica.{replica_id}.release"
+
+
+class Owners:
+    """Asks replicas to let go of sessions, and lets go when asked."""
+
+    def __init__(self, bus: Bus, metrics: Metrics) -> None:
+        self._bus = bus
+        self._metrics = metrics
+
+    async def ask(self, owner: UUID, sessions: Sequence[Elsewhere]) -> None:
+        """Return when the owner has closed their sockets, or when it has had OWNER_TIMEOUT_S to do so."""
+        payload = orjson.dumps([[each.session_id, str(each.classroom_id), each.agent_id] for each in sessions])
+        try:
+            await self._bus.request(release_subject(owner), payload, OWNER_TIMEOUT_S)
+            outcome = "answered"
+        except Unavailable:
+            outcome = "silent"
+        self._metrics.owners_asked.labels(outcome).inc(len(sessions))
+
+    async def serve(self, replica_id: UUID, release: Release) -> None:
+        """Answer what other replicas ask of this one."""
+
+        async def answer(payload: bytes) -> bytes:
+            wanted = orjson.loads(payload)
+            await asyncio.gather(*(release(UUID(room), agent_id, number) for number, room, agent_id in wanted))
+            return b"ok"
+
+        await self._bus.serve(release_subject(replica_id), answer)
 
 
 class Lease:
-    def __init__(self, settings: Settings, store: Store) -> None:
+    """Renews the lease, finds out when it was lost, and sweeps those of others.
+
+    `come_back(replica_id)` brings the live agents of a swept replica back under a new identity; `reconcile()` compares the
+    rows with the agents, after a time in which others may have asked in vain.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        metrics: Metrics,
+        *,
+        come_back: Callable[[UUID], Awaitable[None]],
+        reconcile: Callable[[], Awaitable[None]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ttl_s = settings.lease_ttl_s
         self._interval_s = settings.lease_ttl_s / RENEWALS_PER_TTL
         self._store = store
-        self._task: asyncio.Task[None] | None = None
+        self._metrics = metrics
+        self._come_back = come_back
+        self._reconcile = reconcile
+        self._clock = clock
+        self._renewed_at = clock()
+        self._steady_since: float | None = self._renewed_at  # renewed without a break since then
+        self._reconciled_at = self._renewed_at
+        self._tasks: list[asyncio.Task[None]] = []
+        self.has_others = False
+        metrics.lease_age.set_function(lambda: self._clock() - self._renewed_at)
 
     def open(self) -> None:
-        self._task = asyncio.create_task(self._renew())
-
-    async def _renew(self) -> None:
-        while True:
-            await asyncio.sleep(self._interval_s)
-            try:
-                await self._store.heartbeat()
-            except SessionError as error:
-                log.warning("lease_not_renewed", limited=True, error=error.title)
+        self._tasks = [asyncio.create_task(self._keep(self._renew)), asyncio.create_task(self._keep(self._look_around))]
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _keep(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Again and again: a step that fails must not be the last one."""
+        while True:
+            try:
+                await step()
+            except SessionError as error:
+                log.warning("lease_step_failed", limited=True, error=error.title)
+            except Exception as error:
+                log.error("lease_step_failed", limited=True, error=repr(error), exc_info=error)
+                await asyncio.sleep(self._interval_s)
+
+    # --- our own
+
+    async def _renew(self) -> None:
+        await self._pause()
+        started = self._clock()
+        stood_still = started - self._renewed_at > self._ttl_s
+        try:
+            renewed = await self._store.heartbeat()
+        except SessionError:
+            self._steady_since = None
+            raise
+        if not renewed:
+            replica_id = uuid4()
+            log.error("lease_lost", stood_still_s=round(started - self._renewed_at, 3), replica_id=str(replica_id))
+            self._metrics.leases_lost.inc()
+            await self._come_back(replica_id)
+        elif stood_still:
+            log.warning("lease_late", stood_still_s=round(started - self._renewed_at, 3))
+            self._steady_since = None
+            await self._reconcile()
+        elif started - self._reconciled_at > RECONCILE_INTERVAL_S:
+            self._reconciled_at = started
+            await self._reconcile()
+        self._renewed_at = started
+        self._steady_since = started if self._steady_since is None else self._steady_since
+
+    async def _pause(self) -> None:
+        """Until it is time to renew, or a statement has found that there is nothing left to renew."""
+        left_s = self._renewed_at + self._interval_s - self._clock()
+        if self._steady_since is None:
+            left_s = min(self._interval_s, 1.0)
+        try:
+            await asyncio.wait_for(self._store.swept.wait(), max(0.0, left_s))
+        except TimeoutError:
+            return
+
+    # --- the others'
+
+    async def _look_around(self) -> None:
+        """Sweep who is dead, then sleep until the next lease may run out."""
+        if self._is_steady():
+            while (swept := await self._store.sweep(self._ttl_s)) is not None:
+                replica_id, count = swept
+                self._metrics.sessions_swept.inc(count)
+                log.warning("replica_swept", replica_id=str(replica_id), sessions=count)
+        left_s = await self._store.next_expiry_s(self._ttl_s)
+        self.has_others = left_s is not None
+        wait_s = self._interval_s if left_s is None else min(self._interval_s, max(0.0, left_s))
+        await asyncio.sleep(wait_s + random.uniform(0, SWEEP_JITTER_S))
+
+    def _is_steady(self) -> bool:
+        """After an outage of the database every lease looks run out: the others get the time to renew theirs."""
+        return self._steady_since is not None and self._clock() - self._steady_since >= self._ttl_s

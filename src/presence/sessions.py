@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
@@ -27,9 +28,12 @@ if TYPE_CHECKING:
     from presence.metrics import Metrics
     from presence.reasons import Reason
     from presence.steps import Steps
-    from presence.store import ClosedSession, Store
+    from presence.store import ClosedSession, SessionRow, Store
 
 log = get("sessions")
+
+RESTORED_AT_ONCE: Final = 512
+ORPHAN_AGE: Final = timedelta(seconds=60)  # a row that nobody here knows may be one that is just being made
 
 Key = tuple[UUID, str]
 
@@ -39,6 +43,14 @@ class Gone(SessionError):
 
     def __init__(self) -> None:
         super().__init__(reasons.LOST)
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """How a session ended whose row is kept for a while."""
+
+    reason: str
+    ended_at: datetime
 
 
 class Turns:
@@ -66,6 +78,9 @@ class Turns:
                 self.give(key)
             raise
 
+    def is_taken(self, key: Key) -> bool:
+        return key in self._waiting
+
     def give(self, key: Key) -> None:
         queue = self._waiting[key]
         while queue:
@@ -87,20 +102,20 @@ class Sessions:
         self._metrics = metrics
         self._subject_prefix = subject_prefix
         self._turns = Turns()
+        self._end: Callable[[Agent, Reason], None]
+        self._parked: dict[int, Parked] = {}
         self._unannounced: set[int] = set()  # sessions whose agent.enter was never published
+
+    def use(self, end: Callable[[Agent, Reason], None]) -> None:
+        """`end` ends a connection for a reason: who knows how is built on top of this, and comes last."""
+        self._end = end
 
     # --- open
 
-    async def connect(
-        self,
-        agent: Agent,
-        welcome: Callable[[Agent, int, Room], bool],
-        replace: Callable[[Agent], None],
-    ) -> None:
+    async def connect(self, agent: Agent, welcome: Callable[[Agent, int, Room], bool]) -> None:
         """Bring an authenticated agent into its classroom; raises SessionError when that cannot be.
 
-        `replace` ends the connection that this agent has had here until now; `welcome` says success and joins the room,
-        in one step.
+        `welcome` says success and joins the room, in one step.
         """
         assert agent.classroom_id is not None
         key = agent.classroom_id, agent.agent_id
@@ -112,7 +127,7 @@ class Sessions:
                 raise Gone
             predecessor = self._fanout.agent_in(agent.classroom_id, agent.agent_id)
             if predecessor is not None:
-                replace(predecessor)
+                self._end(predecessor, reasons.REPLACED)
             await self._open(agent, predecessor, welcome)
         finally:
             self._turns.give(key)
@@ -170,6 +185,101 @@ class Sessions:
         assert predecessor.classroom_id is not None
         self._fanout.leave(predecessor.classroom_id, predecessor)
         self._bus.release(predecessor.classroom_id)
+
+    # --- the same agent elsewhere
+
+    async def release(self, classroom_id: UUID, agent_id: str, session_id: int) -> None:
+        """Another replica wants this session: its connection here ends, its row is theirs to move. Silent to the others."""
+        key = classroom_id, agent_id
+        await self._turns.take(key)
+        try:
+            self._parked.pop(session_id, None)
+            agent = self._fanout.agent_in(classroom_id, agent_id)
+            if agent is not None and agent.session_id == session_id:
+                self._end(agent, reasons.REPLACED)
+                self._forget(agent)
+        finally:
+            self._turns.give(key)
+
+    async def come_back(self) -> None:
+        """This replica was swept and has a new identity: its live agents get new sessions, as they never left."""
+        agents = list(self._fanout.agents())
+        for start in range(0, len(agents), RESTORED_AT_ONCE):
+            await asyncio.gather(*(self._restore(agent) for agent in agents[start : start + RESTORED_AT_ONCE]))
+
+    async def _restore(self, agent: Agent) -> None:
+        assert agent.classroom_id is not None
+        key = agent.classroom_id, agent.agent_id
+        await self._turns.take(key)
+        try:
+            if self._fanout.agent_in(agent.classroom_id, agent.agent_id) is not agent:
+                return
+            session = await self._store.restore_session(agent.agent_id, agent.classroom_id)
+            if session is None:  # it has gone to another replica meanwhile
+                self._end(agent, reasons.REPLACED)
+                self._forget(agent)
+                return
+            agent.session_id = session.session_id
+            if session.outcome == "created":  # whoever swept us has told the others that it left
+                enter = protocol.encode_agent_enter(agent.agent_id, session.session_id, session.started_at)
+                self._publish("agent.enter", agent.classroom_id, agent.agent_id, session.session_id, enter)
+        except SessionError as error:
+            self._end(agent, error.reason)
+        finally:
+            self._turns.give(key)
+
+    async def reconcile(self) -> None:
+        """Compare the rows with the agents: after a time in which others may have asked in vain."""
+        here = {agent.session_id: agent for agent in self._fanout.agents()}
+        owned: dict[int, SessionRow] = {}
+        last_id = 0
+        while rows := await self._store.owned(last_id):
+            owned.update((row.session_id, row) for row in rows)
+            last_id = rows[-1].session_id
+        for session_id, agent in here.items():
+            if session_id not in owned and agent.session_id == session_id:
+                assert agent.classroom_id is not None
+                await self.release(agent.classroom_id, agent.agent_id, session_id)
+        settled = datetime.now(UTC) - ORPHAN_AGE
+        for session_id, row in owned.items():
+            if session_id not in here and row.started_at < settled and not self._is_held(row):
+                log.error("orphan_closed", limited=True, session_id=session_id)
+                self._store.close_later(session_id, reasons.LOST.type, datetime.now(UTC))
+
+    def _is_held(self, row: SessionRow) -> bool:
+        agent = self._fanout.agent_in(row.classroom_id, row.agent_id)
+        return (
+            (agent is not None and agent.session_id == row.session_id)
+            or row.session_id in self._parked
+            or self._turns.is_taken((row.classroom_id, row.agent_id))
+            or self._store.is_closing(row.session_id)
+        )
+
+    # --- drain: a session whose socket has closed waits for its agent to come back elsewhere
+
+    @property
+    def parked(self) -> int:
+        """How many sessions wait for their agents."""
+        return len(self._parked)
+
+    async def park(self, agent: Agent, reason: Reason) -> None:
+        """Keep the row until another replica takes it, or `close_parked`: neither leave nor enter if it does."""
+        assert agent.classroom_id is not None
+        key = agent.classroom_id, agent.agent_id
+        ended_at = datetime.now(UTC)
+        await self._turns.take(key)
+        try:
+            if self._fanout.agent_in(agent.classroom_id, agent.agent_id) is agent:
+                self._forget(agent)
+                self._parked[agent.session_id] = Parked(reason.type, ended_at)
+        finally:
+            self._turns.give(key)
+
+    def close_parked(self) -> None:
+        """Whoever has not come back anywhere has left. Rows that were taken are no longer ours: nothing happens to them."""
+        parked, self._parked = self._parked, {}
+        for session_id, end in parked.items():
+            self._store.close_later(session_id, end.reason, end.ended_at)
 
     # --- close
 

@@ -188,8 +188,10 @@ async def _ignore(error: Exception) -> None:
 
 
 @asynccontextmanager
-async def running_gateway(folder: Path, nats_url: str, database_url: str, **options: Any) -> AsyncIterator[Running]:
-    signer = Signer(folder)
+async def running_gateway(
+    folder: Path, nats_url: str, database_url: str, *, signer: Signer | None = None, **options: Any
+) -> AsyncIterator[Running]:
+    signer = signer or Signer(folder)
     defaults: dict[str, Any] = {
         "port": 0,
         "http_port": 0,

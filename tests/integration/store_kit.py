@@ -12,7 +12,7 @@ from typing import Any
 import asyncpg
 
 from presence.metrics import Metrics
-from presence.store import ClosedSession, Store
+from presence.store import ClosedSession, Elsewhere, Store
 
 
 def now() -> datetime:
@@ -26,6 +26,7 @@ class Replica:
     store: Store
     id: uuid.UUID
     told: list[ClosedSession] = field(default_factory=list)
+    asked: list[tuple[uuid.UUID, list[int]]] = field(default_factory=list)
 
 
 @asynccontextmanager
@@ -37,13 +38,28 @@ async def replica_of(url: str, *, max_queued_closes: int = 1000) -> AsyncIterato
     def on_owned(rows: Sequence[ClosedSession]) -> None:
         told.extend(rows)
 
+    asked: list[tuple[uuid.UUID, list[int]]] = []
+
+    async def ask_owner(owner: uuid.UUID, sessions: Sequence[Elsewhere]) -> None:
+        asked.append((owner, [session.session_id for session in sessions]))
+
     store = await Store.open(
-        url, replica_id, "test", on_owned=on_owned, metrics=Metrics(), max_queued_closes=max_queued_closes
+        url,
+        replica_id,
+        "test",
+        on_owned=on_owned,
+        ask_owner=ask_owner,
+        metrics=Metrics(),
+        max_queued_closes=max_queued_closes,
     )
     try:
-        yield Replica(store, replica_id, told)
+        yield Replica(store, replica_id, told, asked)
     finally:
         await store.close(timeout_s=0.5)
+
+
+async def ask_nobody(owner: uuid.UUID, sessions: Sequence[Elsewhere]) -> None:
+    """For stores without neighbours."""
 
 
 NewReplica = Callable[[], Awaitable[Replica]]

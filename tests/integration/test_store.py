@@ -9,10 +9,10 @@ from contextlib import AsyncExitStack
 from datetime import timedelta
 
 import pytest
-from store_kit import NewReplica, Replica, Tables, now, replica_of, tables_of
+from store_kit import NewReplica, Replica, Tables, ask_nobody, now, replica_of, tables_of
 
 from presence import reasons
-from presence.errors import SessionError, StartError
+from presence.errors import SessionError, StartError, Unavailable
 from presence.metrics import Metrics
 from presence.store import ClosedSession, SessionRow, Store
 from servers import PostgresDatabase, free_port
@@ -83,6 +83,154 @@ async def test_an_open_on_another_replica_takes_over(new_replica: NewReplica, ta
     assert past["reason"] == "replaced"
     # Silent to the others, on both sides.
     assert old.told == new.told == []
+
+
+async def test_the_owner_is_asked_before_a_session_is_taken_over(new_replica: NewReplica, tables: Tables) -> None:
+    old, new = await new_replica(), await new_replica()
+    agents = [f"web.agent-{number}.aud" for number in range(100)]
+    firsts = await asyncio.gather(*(old.store.open_session(agent, ROOM) for agent in agents))
+    await asyncio.gather(*(new.store.open_session(agent, ROOM) for agent in agents))
+    assert {owner for owner, _ in new.asked} == {old.id}
+    assert sorted(session_id for _, ids in new.asked for session_id in ids) == sorted(
+        each.session_id for each in firsts
+    )
+    assert old.asked == []
+    assert {row["replica_id"] for row in await tables.sessions()} == {new.id}
+
+
+async def test_a_session_is_not_taken_from_an_owner_that_was_not_asked(
+    database_url: str, new_replica: NewReplica, tables: Tables
+) -> None:
+    old, middle = await new_replica(), await new_replica()
+    async with replica_of(database_url) as new:
+
+        async def moves_on_while_it_is_asked(owner: uuid.UUID, sessions: object) -> None:
+            new.asked.append((owner, []))
+            if owner == old.id:
+                await middle.store.open_session("web.alice.aud", ROOM)
+
+        new.store._openings._ask_owner = moves_on_while_it_is_asked
+        await old.store.open_session("web.alice.aud", ROOM)
+        opened = await within(new.store.open_session("web.alice.aud", ROOM))
+        assert [owner for owner, _ in new.asked] == [old.id, middle.id]
+        assert [row["id"] for row in await tables.sessions()] == [opened.session_id]
+        assert [row["reason"] for row in await tables.history()] == ["replaced", "replaced"]
+
+
+async def test_an_owner_that_does_not_answer_delays_only_its_own(database_url: str, new_replica: NewReplica) -> None:
+    frozen, old = await new_replica(), await new_replica()
+    async with replica_of(database_url) as new:
+        answered = asyncio.Event()
+
+        async def ask(owner: uuid.UUID, sessions: object) -> None:
+            if owner == frozen.id:
+                await answered.wait()
+
+        new.store._openings._ask_owner = ask
+        await frozen.store.open_session("web.alice.aud", ROOM)
+        await old.store.open_session("web.bob.aud", ROOM)
+        waiting = asyncio.create_task(new.store.open_session("web.alice.aud", ROOM))
+        await within(new.store.open_session("web.bob.aud", ROOM))
+        assert not waiting.done()
+        answered.set()
+        assert (await within(waiting)).outcome == "taken_over"
+
+
+# --- leases
+
+
+def expire(url: str, replica: Replica, postgres: PostgresDatabase, seconds: float = 60) -> None:
+    """As if its last heartbeat were that long ago."""
+    postgres.psql(f"UPDATE replica SET heartbeat_at = now() - interval '{seconds} s' WHERE id = '{replica.id}'", url)
+
+
+async def test_a_dead_replicas_sessions_end_at_its_last_heartbeat(
+    new_replica: NewReplica, tables: Tables, postgres: PostgresDatabase, database_url: str
+) -> None:
+    dead, alive = await new_replica(), await new_replica()
+    opened = [await dead.store.open_session(f"web.agent-{number}.aud", ROOM) for number in range(3)]
+    kept = await alive.store.open_session("web.kept.aud", ROOM)
+    assert await alive.store.sweep(15) is None
+    postgres.psql("UPDATE agent_session SET started_at = now() - interval '2 minutes'", database_url)
+    expire(database_url, dead, postgres)
+    assert await alive.store.sweep(15) == (dead.id, 3)
+    history = await tables.history()
+    assert [row["id"] for row in history] == [each.session_id for each in opened]
+    assert {row["reason"] for row in history} == {"replica_lost"}
+    assert all(50 < (now() - row["lifetime"].upper).total_seconds() < 70 for row in history)
+    assert {row.session_id for row in alive.told} == {each.session_id for each in opened}
+    assert [row["id"] for row in await tables.sessions()] == [kept.session_id]
+    assert await alive.store.sweep(15) is None
+    assert not await dead.store.heartbeat()
+
+
+async def test_of_many_survivors_one_sweeps(
+    new_replica: NewReplica, tables: Tables, postgres: PostgresDatabase, database_url: str
+) -> None:
+    dead, *alive = [await new_replica() for _ in range(5)]
+    agents = [f"web.agent-{number}.aud" for number in range(500)]
+    await asyncio.gather(*(dead.store.open_session(agent, ROOM) for agent in agents))
+    expire(database_url, dead, postgres)
+    swept = await asyncio.gather(*(replica.store.sweep(15) for replica in alive for _ in range(3)))
+    assert sorted(count for each in swept if each is not None for count in [each[1]]) == [500]
+    told = [row.agent_id for replica in alive for row in replica.told]
+    assert sorted(told) == sorted(agents)
+    assert len(await tables.history()) == 500
+
+
+async def test_a_swept_replica_writes_nothing_in_its_old_name(
+    new_replica: NewReplica, tables: Tables, postgres: PostgresDatabase, database_url: str
+) -> None:
+    woken, alive = await new_replica(), await new_replica()
+    mine = await woken.store.open_session("web.alice.aud", ROOM)
+    theirs = await alive.store.open_session("web.bob.aud", ROOM)
+    expire(database_url, woken, postgres)
+    assert await alive.store.sweep(15) == (woken.id, 1)
+    for agent in ("web.alice.aud", "web.bob.aud", "web.new.aud"):
+        with pytest.raises(Unavailable):
+            await woken.store.open_session(agent, ROOM)
+    assert woken.store.swept.is_set()
+    assert not await woken.store.close_session(mine.session_id, "closed", now())
+    assert [row["id"] for row in await tables.sessions()] == [theirs.session_id]
+    assert len(await tables.history()) == 1
+    assert woken.told == []
+
+
+async def test_it_goes_on_under_a_new_identity(
+    new_replica: NewReplica, tables: Tables, postgres: PostgresDatabase, database_url: str
+) -> None:
+    woken, alive = await new_replica(), await new_replica()
+    for agent in ("web.alice.aud", "web.bob.aud"):
+        await woken.store.open_session(agent, ROOM)
+    expire(database_url, woken, postgres)
+    await alive.store.sweep(15)
+    taken = await alive.store.open_session("web.bob.aud", ROOM)
+    anew = uuid.uuid4()
+    await woken.store.begin_anew(anew)
+    assert not woken.store.swept.is_set()
+    restored = await woken.store.restore_session("web.alice.aud", ROOM)
+    assert restored is not None
+    assert restored.outcome == "created"
+    assert await woken.store.restore_session("web.bob.aud", ROOM) is None  # it is elsewhere by now
+    owners = {row["id"]: row["replica_id"] for row in await tables.sessions()}
+    assert owners == {taken.session_id: alive.id, restored.session_id: anew}
+    assert [row.session_id for row in await woken.store.owned()] == [restored.session_id]
+    assert await woken.store.heartbeat()
+
+
+async def test_when_the_next_lease_runs_out(
+    new_replica: NewReplica, postgres: PostgresDatabase, database_url: str
+) -> None:
+    one = await new_replica()
+    assert await one.store.next_expiry_s(15) is None
+    two = await new_replica()
+    left = await one.store.next_expiry_s(15)
+    assert left is not None
+    assert 14 < left <= 15
+    expire(database_url, two, postgres, 10)
+    left = await one.store.next_expiry_s(15)
+    assert left is not None
+    assert 4 < left <= 5
 
 
 async def test_one_agent_may_be_in_many_classrooms(replica: Replica) -> None:
@@ -228,7 +376,9 @@ async def test_the_others_are_told_before_history_shows_it(postgres: PostgresDat
     def on_owned(rows: object) -> None:
         seen.append(postgres.psql("SELECT count(*) FROM agent_session_history", database_url))
 
-    store = await Store.open(database_url, uuid.uuid4(), "test", on_owned=on_owned, metrics=Metrics())
+    store = await Store.open(
+        database_url, uuid.uuid4(), "test", on_owned=on_owned, ask_owner=ask_nobody, metrics=Metrics()
+    )
     try:
         opened = await store.open_session("web.alice.aud", ROOM)
         assert await store.close_session(opened.session_id, "closed", now())
@@ -242,7 +392,9 @@ async def test_a_fault_in_on_owned_does_not_keep_rows_from_history(database_url:
     def on_owned(rows: object) -> None:
         raise ValueError("a fault")
 
-    store = await Store.open(database_url, uuid.uuid4(), "test", on_owned=on_owned, metrics=Metrics())
+    store = await Store.open(
+        database_url, uuid.uuid4(), "test", on_owned=on_owned, ask_owner=ask_nobody, metrics=Metrics()
+    )
     try:
         opened = await store.open_session("web.alice.aud", ROOM)
         assert await within(store.close_session(opened.session_id, "closed", now()))
@@ -306,14 +458,10 @@ async def test_an_open_waits_for_the_close_of_its_row(replica: Replica, tables: 
             closing = asyncio.create_task(replica.store.close_session(opened.session_id, "closed", now()))
             await eventually(tables.waiting_for_locks)
             opening = asyncio.create_task(replica.store.open_session("web.alice.aud", ROOM))
-            await eventually(lambda: _waits_for(tables, 2))
+            await within(replica.store.open_session("web.bob.aud", uuid.uuid4()))  # others go on
             assert not opening.done()
         assert await within(closing)
         assert (await within(opening)).outcome == "created"
-
-
-async def _waits_for(tables: Tables, count: int) -> bool:
-    return await tables.waiting_for_locks() == count
 
 
 async def test_a_row_locked_elsewhere_delays_no_other(
@@ -419,7 +567,7 @@ async def test_a_cancelled_caller_does_not_close_a_session_that_was_there(
 ) -> None:
     opened = await replica.store.open_session("web.alice.aud", ROOM)
     async with tables_of(database_url) as locker, locker.connection.transaction():
-        await locker.connection.execute("SELECT FROM agent_session WHERE id = $1 FOR UPDATE", opened.session_id)
+        await locker.connection.execute("LOCK TABLE agent_session IN ACCESS EXCLUSIVE MODE")
         again = asyncio.create_task(replica.store.open_session("web.alice.aud", ROOM))
         await eventually(tables.waiting_for_locks)
         again.cancel()
@@ -507,7 +655,9 @@ async def test_a_start_that_cannot_be_says_why_in_one_line(database_url: str, ch
     assert callable(change)
     url = change(database_url).replace("postgres@", "postgres:very-secret@")
     with pytest.raises(StartError) as caught:
-        await within(Store.open(url, uuid.uuid4(), "test", on_owned=lambda rows: None, metrics=Metrics()))
+        await within(
+            Store.open(url, uuid.uuid4(), "test", on_owned=lambda rows: None, ask_owner=ask_nobody, metrics=Metrics())
+        )
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "very-secret" not in str(caught.value)

@@ -50,7 +50,13 @@ def test_only_a_replaced_session_lives_on() -> None:
 
 def test_what_sends_no_message_uses_the_codes_of_the_rfc() -> None:
     silent = {reason.type: reason.close_code for reason in ALL if not reason.announced}
-    assert silent == {"closed": 1000, "lost": 1006, "protocol_error": 1002, "internal_error": 1011}
+    assert silent == {
+        "closed": 1000,
+        "lost": 1006,
+        "protocol_error": 1002,
+        "replica_lost": 1006,
+        "internal_error": 1011,
+    }
 
 
 @pytest.mark.parametrize("reason", ALL, ids=lambda reason: reason.type)

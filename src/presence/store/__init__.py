@@ -5,11 +5,12 @@ Owns the connections, the statements, and the closes that wait through an outage
     store      what the rest of the program calls
     opening    new, kept and taken-over sessions          closing   sessions to history, fenced
     sql        the statements                             database  connections and what their errors mean
+    owner      in whose name rows are made
     batch      whatever arrives while a batch is under way forms the next
 """
 
 from presence.store.closing import ClosedSession
-from presence.store.opening import OpenedSession
+from presence.store.opening import Elsewhere, OpenedSession
 from presence.store.store import SessionRow, Store
 
-__all__ = ["ClosedSession", "OpenedSession", "SessionRow", "Store"]
+__all__ = ["ClosedSession", "Elsewhere", "OpenedSession", "SessionRow", "Store"]

@@ -27,6 +27,7 @@ from presence.metrics import Metrics
 from presence.store import sql
 from presence.store.batch import Batcher, run_in_parts
 from presence.store.database import Away, BadRow, Database, TryAgain, backoff_delays_s
+from presence.store.owner import Owner
 
 log = get("store")
 
@@ -76,14 +77,14 @@ class Closings:
     def __init__(
         self,
         database: Database,
-        replica_id: UUID,
+        owner: Owner,
         on_owned: OnOwned,
         metrics: Metrics,
         *,
         max_waiting: int,
     ) -> None:
         self._database = database
-        self._replica_id = replica_id
+        self._owner = owner
         self._on_owned = on_owned
         self._metrics = metrics
         metrics.store_queued_closes.set_function(lambda: len(self._waiting))
@@ -128,6 +129,9 @@ class Closings:
         if not self.add(session_id, reason, ended_at, answer=answer):
             self.call_after(session_id, lambda: None if answer.done() else answer.set_result(False))
         return await answer
+
+    def is_waiting(self, session_id: int) -> bool:
+        return session_id in self._waiting
 
     def call_after(self, session_id: int, follower: Callable[[], None]) -> bool:
         """Call it when the close of this session is done with; False, and no call, when none is queued."""
@@ -178,7 +182,7 @@ class Closings:
         ids, ends, whys = [c.key for c in part], [c.ended_at for c in part], [c.reason for c in part]
         async with self._lane.session() as connection:
             await connection.execute(sql.BEGIN_CLOSE)
-            rows = await connection.fetch(sql.CLOSE, self._replica_id, ids, ends, whys)
+            rows = await connection.fetch(sql.CLOSE, self._owner.replica_id, ids, ends, whys)
             moved = {row[0] for row in rows}
             if any(c.was_told and c.key not in moved for c in part):
                 # The COMMIT of an earlier attempt may have succeeded after all.

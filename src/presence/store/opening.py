@@ -2,15 +2,18 @@
 
 Owns the requests that wait, and the rows that an attempt of unknown end may have left. Knows nothing of who asks.
 
-A request goes to OPEN, which makes new rows; those that have a row already go on to TAKE_OVER, on a connection of its
-own, so that rows locked elsewhere delay no new ones. An attempt is known by its `started_at`: a row of ours that
-carries it was made by that attempt, whatever became of the answer.
+A request goes to OPEN, which makes new rows. For those that have a row already FIND_OWNERS tells whose. A row of this replica
+is kept; of a row elsewhere its owner is asked to let go (it gets half a second), and then TAKE_OVER moves it whatever the
+answer, on a connection of its own, so that rows locked elsewhere delay no new ones. An attempt is known by its
+`started_at`: a row of ours that carries it was made by that attempt, whatever became of the answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Literal
@@ -25,6 +28,7 @@ from presence.metrics import Metrics
 from presence.store import sql
 from presence.store.batch import Batcher, run_in_parts
 from presence.store.closing import Closings
+from presence.store.owner import Owner
 from presence.store.database import Away, BadRow, Database, Lane, TryAgain, backoff_delays_s
 
 log = get("store")
@@ -36,6 +40,8 @@ Key = tuple[UUID, str]
 MAX_ROUNDS: Final = 10
 MAX_CONFLICTS: Final = 3
 
+KINDS: Final = {"created": "open", "kept": "open", "taken_over": "take_over", "find": "find_owners"}
+
 
 @dataclass(frozen=True, slots=True)
 class OpenedSession:
@@ -46,15 +52,33 @@ class OpenedSession:
     outcome: Outcome
 
 
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """A session that another replica owns, and that is wanted here."""
+
+    session_id: int
+    classroom_id: UUID
+    agent_id: str
+
+
+# Asks a replica to let go of sessions; returns when it has, or when it has been given long enough.
+AskOwner = Callable[[UUID, Sequence[Elsewhere]], Awaitable[None]]
+
+
 class Request:
-    """One agent that wants its session."""
+    """One agent that wants its session. `only_new`: it does not want it if somebody else has it by now."""
 
-    __slots__ = ("answer", "key", "may_have_made", "rounds", "started_at")
+    __slots__ = ("answer", "key", "may_have_made", "only_new", "rounds", "started_at", "wanted_id")
 
-    def __init__(self, key: Key, started_at: datetime, answer: asyncio.Future[OpenedSession]) -> None:
+    def __init__(
+        self, key: Key, started_at: datetime, answer: asyncio.Future[OpenedSession | None], only_new: bool
+    ) -> None:
         self.key = key
         self.started_at = started_at
         self.answer = answer
+        self.only_new = only_new
+        # The session elsewhere whose owner was asked to let go of it.
+        self.wanted_id = 0
         # The outcome to report should a row with our `started_at` be found: an attempt ended without an answer.
         self.may_have_made: Outcome | None = None
         self.rounds = 0
@@ -78,21 +102,27 @@ class Openings:
     def __init__(
         self,
         database: Database,
-        replica_id: UUID,
+        owner: Owner,
         closings: Closings,
         metrics: Metrics,
         *,
+        ask_owner: AskOwner,
         max_waiting: int,
     ) -> None:
         self._database = database
-        self._replica_id = replica_id
+        self._owner = owner
         self._closings = closings
         self._metrics = metrics
+        self._ask_owner = ask_owner
         self._max_waiting = max_waiting
         self._open_lane = database.lane()
+        self._find_lane = database.lane()
         self._take_over_lane = database.lane()
         self._new: Batcher[Request] = Batcher(self._open_batch, self._on_failed)
-        self._existing: Batcher[Request] = Batcher(self._take_over_batch, self._on_failed)
+        self._existing: Batcher[Request] = Batcher(self._find_batch, self._on_failed)
+        self._asking: set[asyncio.Task[None]] = set()
+        self._asked_for = 0  # requests whose owner is being asked
+        self._let_go: Batcher[Request] = Batcher(self._take_over_batch, self._on_failed)
         self._left_behind: dict[tuple[Key, datetime], LeftBehind] = {}
         self._searches: Batcher[LeftBehind] = Batcher(self._search_batch, self._on_search_failed)
 
@@ -100,35 +130,49 @@ class Openings:
         """Return when no row of an attempt without an answer is looked for any more."""
         await self._searches.idle()
 
-    async def open(self, agent_id: str, classroom_id: UUID) -> OpenedSession:
-        """Raises Unavailable when it cannot be done now. A cancelled caller leaves no row behind."""
+    async def open(self, agent_id: str, classroom_id: UUID, *, only_new: bool = False) -> OpenedSession | None:
+        """Raises Unavailable when it cannot be done now. A cancelled caller leaves no row behind.
+
+        With `only_new` None is the answer when there is a row already, whosever it is.
+        """
         if not self._database.is_healthy:
             raise Unavailable("The database is away")
-        if len(self._new) + len(self._existing) + len(self._left_behind) >= self._max_waiting:
+        if self._waiting() >= self._max_waiting:
             raise Unavailable("Too many sessions are being opened")
-        answer: asyncio.Future[OpenedSession] = asyncio.get_running_loop().create_future()
-        request = Request((classroom_id, agent_id), datetime.now(UTC), answer)
+        answer: asyncio.Future[OpenedSession | None] = asyncio.get_running_loop().create_future()
+        request = Request((classroom_id, agent_id), datetime.now(UTC), answer, only_new)
         self._new.add(request)
         try:
             return await answer
         except asyncio.CancelledError:
             # The answer may be there already, and then nobody else will see it.
             if answer.done() and not answer.cancelled() and answer.exception() is None:
-                self._abandon(answer.result())
+                opened = answer.result()
+                if opened is not None:
+                    self._abandon(opened)
             raise
+
+    def _waiting(self) -> int:
+        return len(self._new) + len(self._existing) + self._asked_for + len(self._let_go) + len(self._left_behind)
 
     async def close(self) -> None:
         """Stop at once; who still waits gets Unavailable."""
-        for batcher in (self._new, self._existing, self._searches):
+        for task in list(self._asking):
+            task.cancel()
+        if self._asking:
+            await asyncio.wait(self._asking)
+        for batcher in (self._new, self._existing, self._let_go, self._searches):
             await batcher.close()
 
-    # --- the two steps
+    # --- the steps
 
     async def _open_batch(self, batch: list[Request]) -> None:
         await run_in_parts(batch, self._open_part, BadRow, self._fail)
 
     async def _open_part(self, part: list[Request]) -> None:
-        rows = await self._attempt(self._open_lane, sql.OPEN, part, "created")
+        keys = [request.key[0] for request in part], [request.key[1] for request in part]
+        starts = [request.started_at for request in part]
+        rows = await self._write("created", self._open_lane, sql.OPEN, part, *keys, starts)
         if rows is None:
             return
         by_key = {(row[1], row[2]): row[0] for row in rows}
@@ -139,11 +183,49 @@ class Openings:
             else:
                 self._settle(request, OpenedSession(session_id, request.started_at, "created"))
 
+    async def _find_batch(self, batch: list[Request]) -> None:
+        """Whose are the rows that were in the way?"""
+        keys = [request.key[0] for request in batch], [request.key[1] for request in batch]
+        rows = await self._attempt("find", self._find_lane, sql.FIND_OWNERS, batch, *keys)
+        if rows is None:
+            return
+        by_key = {(row[1], row[2]): row for row in rows}
+        elsewhere: defaultdict[UUID, list[tuple[Request, Elsewhere]]] = defaultdict(list)
+        for request in batch:
+            row = by_key.get(request.key)
+            if row is None:
+                self._go_round(request)
+            elif row[4] == self._owner.replica_id:
+                self._settle_own(request, row[0], row[3])
+            elif request.only_new:
+                self._settle(request, None)
+            else:
+                request.wanted_id = row[0]
+                elsewhere[row[4]].append((request, Elsewhere(row[0], row[1], row[2])))
+        for owner, wanted in elsewhere.items():
+            self._asked_for += len(wanted)
+            task = asyncio.get_running_loop().create_task(self._ask(owner, wanted))
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+
+    async def _ask(self, owner: UUID, wanted: list[tuple[Request, Elsewhere]]) -> None:
+        """A dead owner delays its own sessions only, and these by no more than it is given to answer."""
+        try:
+            await self._ask_owner(owner, [session for _, session in wanted])
+        except Exception as error:
+            log.error("ask_owner_failed", limited=True, error=repr(error), exc_info=error)
+        finally:
+            self._asked_for -= len(wanted)
+            for request, _ in wanted:
+                self._let_go.add(request)
+
     async def _take_over_batch(self, batch: list[Request]) -> None:
         await run_in_parts(batch, self._take_over_part, BadRow, self._fail)
 
     async def _take_over_part(self, part: list[Request]) -> None:
-        rows = await self._attempt(self._take_over_lane, sql.TAKE_OVER, part, "taken_over", reasons.REPLACED.type)
+        ids, starts = [request.wanted_id for request in part], [request.started_at for request in part]
+        reason = reasons.REPLACED.type
+        rows = await self._write("taken_over", self._take_over_lane, sql.TAKE_OVER, part, ids, starts, reason)
         if rows is None:
             return
         by_key = {(row[1], row[2]): row for row in rows}
@@ -151,10 +233,8 @@ class Openings:
             row = by_key.get(request.key)
             if row is None:
                 self._go_round(request)
-            elif row[4]:
-                self._settle(request, OpenedSession(row[0], row[3], "taken_over"))
             else:
-                self._settle_own(request, row[0], row[3])
+                self._settle(request, OpenedSession(row[0], row[3], "taken_over"))
 
     def _settle_own(self, request: Request, session_id: int, started_at: datetime) -> None:
         """The row found is this replica's already."""
@@ -179,18 +259,22 @@ class Openings:
         else:
             self._fail(request, TryAgain("the row changed hands too often"))
 
+    async def _write(
+        self, outcome: Outcome, lane: Lane, statement: str, part: list[Request], *arguments: object
+    ) -> list[asyncpg.Record] | None:
+        """A statement that makes rows of this replica, as long as this replica has not been swept."""
+        rows = await self._attempt(outcome, lane, statement, part, self._owner.replica_id, *arguments)
+        if rows and rows[-1][0] is None:
+            self._owner.swept.set()
+            self._refuse(part, TryAgain("this replica has been swept"))
+            return None
+        return rows
+
     async def _attempt(
-        self, lane: Lane, statement: str, part: list[Request], outcome: Outcome, *more: object
+        self, outcome: Outcome | Literal["find"], lane: Lane, statement: str, part: list[Request], *arguments: object
     ) -> list[asyncpg.Record] | None:
         """Run the statement, a second time when the connection was lost; None: all have been refused."""
-        arguments = (
-            self._replica_id,
-            [request.key[0] for request in part],
-            [request.key[1] for request in part],
-            [request.started_at for request in part],
-            *more,
-        )
-        kind = "open" if outcome == "created" else "take_over"
+        kind = KINDS[outcome]
         conflicts = losses = 0
         while True:
             started = time.perf_counter()
@@ -204,7 +288,7 @@ class Openings:
                     return None
             except Away as error:
                 self._metrics.store_errors.labels(kind).inc()
-                if error.may_have_run:
+                if error.may_have_run and outcome != "find":
                     for request in part:
                         request.may_have_made = request.may_have_made or outcome
                 losses += 1
@@ -219,9 +303,10 @@ class Openings:
 
     # --- answers
 
-    def _settle(self, request: Request, opened: OpenedSession) -> None:
+    def _settle(self, request: Request, opened: OpenedSession | None) -> None:
         if request.answer.done():
-            self._abandon(opened)
+            if opened is not None:
+                self._abandon(opened)
         else:
             request.answer.set_result(opened)
 
@@ -262,9 +347,9 @@ class Openings:
         delays = backoff_delays_s()
         while True:
             try:
-                rows = await self._take_over_lane.fetch(
+                rows = await self._find_lane.fetch(
                     sql.FIND_LEFT_BEHIND,
-                    self._replica_id,
+                    self._owner.replica_id,
                     [left.key[0] for left in batch],
                     [left.key[1] for left in batch],
                     [left.started_at for left in batch],

@@ -17,40 +17,57 @@ REMOVE_REPLICA: Final = """
 DELETE FROM replica r WHERE r.id = $1 AND NOT EXISTS (SELECT FROM agent_session s WHERE s.replica_id = r.id)
 """
 
-# New sessions. What is not returned had a row already: TAKE_OVER says whose.
+# New sessions. What is not returned had a row already: FIND_OWNERS says whose. Fenced by the replica's own row, which a
+# sweep deletes: one row of NULLs when it is gone, and nothing was made. The lock holds off a sweep, not a heartbeat.
 OPEN: Final = """
-INSERT INTO agent_session (agent_id, classroom_id, replica_id, started_at)
-SELECT w.agent_id, w.classroom_id, $1, w.started_at
-FROM unnest($2::uuid[], $3::text[], $4::timestamptz[]) AS w (classroom_id, agent_id, started_at)
-ORDER BY w.classroom_id, w.agent_id
-ON CONFLICT (classroom_id, agent_id) DO NOTHING
-RETURNING id, classroom_id, agent_id
+WITH me AS MATERIALIZED (
+    SELECT id FROM replica WHERE id = $1 FOR KEY SHARE
+), made AS (
+    INSERT INTO agent_session (agent_id, classroom_id, replica_id, started_at)
+    SELECT w.agent_id, w.classroom_id, me.id, w.started_at
+    FROM me, unnest($2::uuid[], $3::text[], $4::timestamptz[]) AS w (classroom_id, agent_id, started_at)
+    ORDER BY w.classroom_id, w.agent_id
+    ON CONFLICT (classroom_id, agent_id) DO NOTHING
+    RETURNING id, classroom_id, agent_id
+)
+SELECT id, classroom_id, agent_id FROM made
+UNION ALL
+SELECT NULL, NULL, NULL WHERE NOT EXISTS (SELECT FROM me)
+"""
+
+# Whose are these rows? One that is not returned has vanished meanwhile: OPEN again.
+FIND_OWNERS: Final = """
+SELECT s.id, s.classroom_id, s.agent_id, s.started_at, s.replica_id
+FROM unnest($1::uuid[], $2::text[]) AS w (classroom_id, agent_id)
+JOIN agent_session s ON s.classroom_id = w.classroom_id AND s.agent_id = w.agent_id
 """
 
 # Rows of other replicas go to history and new ones take their place, in one statement: nobody can come in between, and
-# a replica that stops half way leaves no locks. Rows of this replica are returned as they are. What is not returned has
-# vanished meanwhile: OPEN again.
+# a replica that stops half way leaves no locks. Only the very sessions whose owners were asked to let go: what is not
+# returned has vanished or changed hands meanwhile, OPEN again. Fenced as OPEN is.
 TAKE_OVER: Final = """
-WITH found AS MATERIALIZED (
-    SELECT s.id, s.replica_id, s.classroom_id, s.agent_id, s.started_at, w.started_at AS taken_at
-    FROM unnest($2::uuid[], $3::text[], $4::timestamptz[]) AS w (classroom_id, agent_id, started_at)
-    JOIN agent_session s ON s.classroom_id = w.classroom_id AND s.agent_id = w.agent_id
+WITH me AS MATERIALIZED (
+    SELECT id FROM replica WHERE id = $1 FOR KEY SHARE
+), found AS MATERIALIZED (
+    SELECT s.id, w.started_at AS taken_at
+    FROM unnest($2::bigint[], $3::timestamptz[]) AS w (id, started_at) JOIN agent_session s ON s.id = w.id
+    WHERE s.replica_id <> $1 AND EXISTS (SELECT FROM me)
     ORDER BY s.id
     FOR UPDATE OF s
 ), gone AS (
-    DELETE FROM agent_session s USING found f WHERE s.id = f.id AND s.replica_id <> $1
+    DELETE FROM agent_session s USING found f WHERE s.id = f.id
     RETURNING s.id, s.classroom_id, s.agent_id, s.started_at, f.taken_at
 ), moved AS (
     INSERT INTO agent_session_history (id, agent_id, classroom_id, lifetime, reason)
-    SELECT id, agent_id, classroom_id, tstzrange(started_at, greatest(started_at, taken_at), '[]'), $5 FROM gone
+    SELECT id, agent_id, classroom_id, tstzrange(started_at, greatest(started_at, taken_at), '[]'), $4 FROM gone
 ), taken AS (
     INSERT INTO agent_session (agent_id, classroom_id, replica_id, started_at)
     SELECT agent_id, classroom_id, $1, taken_at FROM gone
     RETURNING id, classroom_id, agent_id, started_at
 )
-SELECT id, classroom_id, agent_id, started_at, true AS is_new FROM taken
+SELECT id, classroom_id, agent_id, started_at FROM taken
 UNION ALL
-SELECT id, classroom_id, agent_id, started_at, false FROM found WHERE replica_id = $1
+SELECT NULL, NULL, NULL, NULL WHERE NOT EXISTS (SELECT FROM me)
 """
 
 # Did an attempt whose end is not known leave a row?
@@ -91,6 +108,49 @@ SELECT h.id
 FROM unnest($1::bigint[], $2::timestamptz[], $3::text[]) AS w (id, ended_at, reason)
 JOIN agent_session_history h
     ON h.id = w.id AND h.reason = w.reason AND upper(h.lifetime) = greatest(lower(h.lifetime), w.ended_at)
+"""
+
+# A dead replica: its sessions end at its last heartbeat, and its row goes, in one statement, so that it cannot come back half
+# way. One replica at a time; of any number of survivors one sweeps it, the others pass it by.
+SWEEP: Final = """
+WITH dead AS MATERIALIZED (
+    SELECT id, heartbeat_at FROM replica
+    WHERE id <> $1 AND heartbeat_at < now() - make_interval(secs => $2)
+    ORDER BY heartbeat_at LIMIT 1
+    FOR UPDATE SKIP LOCKED
+), doomed AS MATERIALIZED (
+    SELECT s.id FROM agent_session s WHERE s.replica_id = (SELECT id FROM dead) ORDER BY s.id FOR UPDATE
+), gone AS (
+    DELETE FROM agent_session s USING doomed d WHERE s.id = d.id
+    RETURNING s.id, s.agent_id, s.classroom_id, s.started_at
+), ended AS (
+    SELECT g.id, g.agent_id, g.classroom_id, g.started_at, greatest(g.started_at, d.heartbeat_at) AS ended_at
+    FROM gone g, dead d
+), moved AS (
+    INSERT INTO agent_session_history (id, agent_id, classroom_id, lifetime, reason)
+    SELECT id, agent_id, classroom_id, tstzrange(started_at, ended_at, '[]'), $3 FROM ended
+), removed AS (
+    DELETE FROM replica r USING dead d WHERE r.id = d.id RETURNING r.id
+)
+SELECT id, agent_id, classroom_id, started_at, ended_at, (SELECT id FROM removed) AS replica_id FROM ended
+UNION ALL
+SELECT NULL, NULL, NULL, NULL, NULL, id FROM removed
+"""
+
+# The sweep may tell thousands of leaves before it commits.
+BEGIN_SWEEP: Final = """
+BEGIN; SET LOCAL idle_in_transaction_session_timeout = '10s'; SET LOCAL statement_timeout = '10s'; SET LOCAL lock_timeout = '2500ms'
+"""
+
+# Seconds until the next of the others' leases runs out; NULL without others.
+NEXT_EXPIRY: Final = """
+SELECT extract(epoch FROM min(heartbeat_at) + make_interval(secs => $2) - now())::float8 FROM replica WHERE id <> $1
+"""
+
+OWNED: Final = """
+SELECT id, agent_id, classroom_id, replica_id, started_at FROM agent_session
+WHERE replica_id = $1 AND id > $2
+ORDER BY id LIMIT $3
 """
 
 GET_SESSION: Final = """

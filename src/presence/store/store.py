@@ -17,10 +17,12 @@ import asyncpg
 from presence.errors import StartError, Unavailable
 from presence.log import get
 from presence.metrics import Metrics
+from presence.reasons import REPLICA_LOST
 from presence.store import sql
-from presence.store.closing import Closings, OnOwned
+from presence.store.closing import ClosedSession, Closings, OnOwned
 from presence.store.database import Away, BadRow, Database, Lane, TryAgain
-from presence.store.opening import OpenedSession, Openings
+from presence.store.opening import AskOwner, OpenedSession, Openings
+from presence.store.owner import Owner
 
 log = get("store")
 
@@ -28,6 +30,8 @@ MAX_QUEUED_CLOSES: Final = 65_536
 MAX_QUEUED_OPENS: Final = 8_192
 MAX_LISTED: Final = 1_000
 CLOSE_FLUSH_TIMEOUT_S: Final = 2.0
+SWEEP_TIMEOUT_S: Final = 10.0
+TOLD_PER_TURN: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +48,30 @@ class SessionRow:
 class Store:
     """Sessions in PostgreSQL. Every method raises Unavailable when the database cannot serve.
 
-    Five connections at the most: for new rows, for rows that are taken over, for closes, for reads, for the lease.
+    Eight connections at the most, one for each thing that must not wait for another: new rows, whose a row is, rows that are
+    taken over, closes, reads, the lease, the sweep, and whether the database is back.
     """
 
     def __init__(
         self,
         database: Database,
-        replica_id: UUID,
+        owner: Owner,
         on_owned: OnOwned,
+        ask_owner: AskOwner,
         metrics: Metrics,
         max_queued_closes: int,
     ) -> None:
         self._database = database
-        self._replica_id = replica_id
+        self._owner = owner
+        self._on_owned = on_owned
         metrics.store_healthy.set_function(lambda: float(database.is_healthy))
         self._lease_lane = database.lane()
         self._read_lane = database.lane()
-        self._closings = Closings(database, replica_id, on_owned, metrics, max_waiting=max_queued_closes)
-        self._openings = Openings(database, replica_id, self._closings, metrics, max_waiting=MAX_QUEUED_OPENS)
+        self._sweep_lane = database.lane()
+        self._closings = Closings(database, owner, on_owned, metrics, max_waiting=max_queued_closes)
+        self._openings = Openings(
+            database, owner, self._closings, metrics, ask_owner=ask_owner, max_waiting=MAX_QUEUED_OPENS
+        )
 
     @classmethod
     async def open(
@@ -71,10 +81,13 @@ class Store:
         label: str,
         *,
         on_owned: OnOwned,
+        ask_owner: AskOwner,
         metrics: Metrics,
         max_queued_closes: int = MAX_QUEUED_CLOSES,
     ) -> Self:
         """Connect and register the replica; raises StartError.
+
+        `ask_owner` asks another replica to let go of sessions before they are taken over from it.
 
         `on_owned` is told of sessions that are being closed, before anybody can see them in history: it publishes the
         leaves, must not block, and is called once for each row.
@@ -83,7 +96,7 @@ class Store:
             database = Database(dsn, f"presence {label}"[:63])
         except ValueError as error:
             raise StartError(f"database-url: {error}") from error
-        store = cls(database, replica_id, on_owned, metrics, max_queued_closes)
+        store = cls(database, Owner(replica_id, label), on_owned, ask_owner, metrics, max_queued_closes)
         try:
             await store._lease_lane.fetch(sql.REGISTER_REPLICA, replica_id, label)
         except (Away, TryAgain, BadRow, asyncpg.PostgresError) as error:
@@ -110,7 +123,13 @@ class Store:
         """
         if self._closings.is_full:
             raise Unavailable("Too many sessions wait to be closed")
-        return await self._openings.open(agent_id, classroom_id)
+        opened = await self._openings.open(agent_id, classroom_id)
+        assert opened is not None
+        return opened
+
+    async def restore_session(self, agent_id: str, classroom_id: UUID) -> OpenedSession | None:
+        """A row for an agent whose own was swept; None when it has one elsewhere by now."""
+        return await self._openings.open(agent_id, classroom_id, only_new=True)
 
     async def close_session(self, session_id: int, reason: str, ended_at: datetime) -> bool:
         """Move the row to history; True if this replica owned it. Waits through outages; goes on if cancelled."""
@@ -139,7 +158,54 @@ class Store:
 
     async def heartbeat(self) -> bool:
         """Renew the lease; False: this replica's row is gone, it has been swept."""
-        return bool(await self._read(self._lease_lane, sql.HEARTBEAT, self._replica_id))
+        return bool(await self._read(self._lease_lane, sql.HEARTBEAT, self._owner.replica_id))
+
+    @property
+    def swept(self) -> asyncio.Event:
+        """Set when a statement found that this replica has been swept; cleared by `begin_anew`."""
+        return self._owner.swept
+
+    async def begin_anew(self, replica_id: UUID) -> None:
+        """Go on under a new identity, registered before anything is written in its name."""
+        await self._read(self._lease_lane, sql.REGISTER_REPLICA, replica_id, self._owner.label)
+        self._owner.replica_id = replica_id
+        self._owner.swept.clear()
+
+    async def next_expiry_s(self, ttl_s: float) -> float | None:
+        """How long until a lease of another replica runs out, if none of them is renewed; None: there is no other."""
+        rows = await self._read(self._lease_lane, sql.NEXT_EXPIRY, self._owner.replica_id, ttl_s)
+        seconds: float | None = rows[0][0]
+        return seconds
+
+    async def sweep(self, ttl_s: float) -> tuple[UUID, int] | None:
+        """Move the sessions of one dead replica to history, and tell their leaves; its id and how many, if there was one.
+
+        The others are told before the COMMIT, as for every close: a sweep that fails half way is done again by somebody.
+        """
+        try:
+            async with self._sweep_lane.session() as connection:
+                await connection.execute(sql.BEGIN_SWEEP)
+                rows = await connection.fetch(
+                    sql.SWEEP, self._owner.replica_id, ttl_s, REPLICA_LOST.type, timeout=SWEEP_TIMEOUT_S
+                )
+                for start in range(0, len(rows), TOLD_PER_TURN):
+                    self._on_owned([_swept(row) for row in rows[start : start + TOLD_PER_TURN] if row[0] is not None])
+                    await asyncio.sleep(0)  # thousands of leaves must not make a ping late
+                await connection.execute("COMMIT")
+        except (Away, TryAgain) as error:
+            if isinstance(error, Away):
+                self._database.report_away(error)
+            raise Unavailable("The database is away") from error
+        return (rows[0][5], len(rows) - 1) if rows else None
+
+    async def owned(self, after_id: int = 0, limit: int = MAX_LISTED) -> list[SessionRow]:
+        """The sessions of this replica by id, from behind `after_id`."""
+        rows = await self._read(self._read_lane, sql.OWNED, self._owner.replica_id, after_id, limit)
+        return [SessionRow(*row) for row in rows]
+
+    def is_closing(self, session_id: int) -> bool:
+        """Whether a close of this session waits to be written."""
+        return self._closings.is_waiting(session_id)
 
     async def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until all that was queued is written; False if that took longer than `timeout_s`."""
@@ -159,7 +225,7 @@ class Store:
         await self._closings.close()
         try:
             if self._database.is_healthy:
-                await self._lease_lane.fetch(sql.REMOVE_REPLICA, self._replica_id)
+                await self._lease_lane.fetch(sql.REMOVE_REPLICA, self._owner.replica_id)
         except (Away, TryAgain) as error:
             log.warning("replica_not_removed", why=str(error))
         finally:
@@ -182,6 +248,10 @@ class Store:
             if isinstance(error, Away):
                 self._database.report_away(error)
             raise Unavailable("The database is away") from error
+
+
+def _swept(row: asyncpg.Record) -> ClosedSession:
+    return ClosedSession(row[0], row[1], row[2], row[3], row[4], REPLICA_LOST.type)
 
 
 def _explained(error: Exception) -> str:
