@@ -68,11 +68,13 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
+    """The commit of what is measured; `-dirty` when a source of it has been changed since."""
+
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "src", "ext", "setup.py", "pyproject.toml")
-    return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def compiled(source: str, folder: str) -> str | None:

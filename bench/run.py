@@ -41,7 +41,7 @@ class Scale:
 
 
 FULL = Scale(rounds=3, sockets=18_000, members=5_000, events=200)
-QUICK = Scale(rounds=1, sockets=6_000, members=2_000, events=100)
+QUICK = Scale(rounds=1, sockets=12_000, members=2_000, events=100)
 
 
 def main() -> None:
@@ -72,7 +72,9 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one round of everything, on fewer sockets: two minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="one round of everything, on fewer sockets: a minute or two"
+    )
     parser.add_argument("--only", choices=["parts", "sockets", "agents", "fanout"], help="one part of it")
     parser.add_argument("--update-readme", action="store_true", help=f"put the table between {BEGIN} and {END}")
     arguments = parser.parse_args()
