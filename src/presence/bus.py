@@ -92,15 +92,18 @@ class Topic:
 class Round:
     """What one echo is the proof of: those who wait for it, and the messages that went before it."""
 
-    __slots__ = ("messages", "number", "started", "waiters")
+    __slots__ = ("late", "messages", "number", "started", "waiters")
 
     def __init__(self, number: int, waiters: list[asyncio.Future[None]]) -> None:
         self.number = number
         self.waiters = waiters
+        self.late: asyncio.TimerHandle | None = None
         self.messages: list[Outgoing] = []
         self.started = time.perf_counter()
 
     def settle(self, error: Exception | None = None) -> None:
+        if self.late is not None:
+            self.late.cancel()  # left to run out, it would keep all that was published for as long
         waiters, self.waiters = self.waiters, []
         for waiter in waiters:
             if waiter.done():
@@ -264,7 +267,7 @@ class Bus:
             self._spawn(self._send(self._client, self._round))
 
     async def _send(self, client: Client, current: Round) -> None:
-        asyncio.get_running_loop().call_later(CONFIRM_TIMEOUT_S, self._on_late, current)
+        current.late = asyncio.get_running_loop().call_later(CONFIRM_TIMEOUT_S, self._on_late, current)
         try:
             # As many as there are now: the rest may come as fast as they are sent.
             for _ in range(len(self._outgoing)):
