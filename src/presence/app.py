@@ -16,8 +16,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
-from presence_core.hub import Hub
-
 from presence.authn import Authenticator
 from presence.authz import Authorizer
 from presence.bus import Bus
@@ -33,6 +31,7 @@ from presence.replicas import Lease, Owners
 from presence.sessions import Sessions
 from presence.steps import Steps
 from presence.store import Store
+from presence_core.hub import Hub
 
 if TYPE_CHECKING:
     from presence.config import Settings

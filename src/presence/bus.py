@@ -15,6 +15,7 @@ Nats-Msg-Id.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections import deque
@@ -143,6 +144,7 @@ class Bus:
         self._rounds = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._keeping: asyncio.Task[None] | None = None
+        self._refusal = ""  # why the last server could not be reached: the client's own error only says that none could
         metrics.bus_connected.set_function(lambda: float(self.connected))
         metrics.bus_subscriptions.set_function(lambda: float(len(self._topics)))
         metrics.bus_outgoing.set_function(lambda: float(len(self._outgoing)))
@@ -156,7 +158,9 @@ class Bus:
             await bus.confirm()
         except (NatsError, OSError, TimeoutError, Unavailable) as error:
             await bus._drop_client()
-            raise StartError(f"NATS cannot be reached: {str(error) or type(error).__name__}") from error
+            place = ", ".join(server.rpartition("@")[2].rpartition("/")[2] for server in bus._servers)
+            why = bus._refusal or str(error) or type(error).__name__
+            raise StartError(f"NATS cannot be reached at {place}: {why}") from error
         bus._keeping = asyncio.create_task(bus._keep())
         return bus
 
@@ -402,6 +406,7 @@ class Bus:
     async def _on_error(self, error: Exception) -> None:
         """Called by the client, out of its own loops: must not raise."""
         self._metrics.bus_errors.labels(type(error).__name__).inc()
+        self._refusal = _words_of(error)
         if self._keeping is not None:
             log.warning("nats_error", limited=True, error=repr(error))
 
@@ -438,3 +443,10 @@ async def _close(client: Client) -> None:
             await client.close()
     except Exception as error:  # half open, or closing already: it is given up either way
         log.debug("nats_close_failed", error=repr(error))
+
+
+def _words_of(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno:
+        # asyncio puts addresses into its own text; a resolver's numbers are not the system's.
+        return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
+    return str(error) or type(error).__name__

@@ -14,13 +14,12 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
-from presence_core.hub import DEADLINE_PONG, LIMIT_BACKLOG, Connection, Room
-
 from presence import protocol, reasons
 from presence.errors import SessionError
 from presence.identity import Identity, agent_id_of
 from presence.log import get
 from presence_core.frames import OPCODE_TEXT, encode_frame
+from presence_core.hub import DEADLINE_PONG, LIMIT_BACKLOG, Connection, Room
 
 if TYPE_CHECKING:
     from uuid import UUID

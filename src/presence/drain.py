@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
-from presence_core.hub import Hub
-
 from presence import reasons
 from presence.log import get
+from presence_core.hub import Hub
 
 if TYPE_CHECKING:
     from presence.bus import Bus

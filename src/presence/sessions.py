@@ -15,11 +15,10 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
-from presence_core.hub import Room
-
 from presence import protocol, reasons
 from presence.errors import SessionError, Unavailable
 from presence.log import get
+from presence_core.hub import Room
 
 if TYPE_CHECKING:
     from presence.bus import Bus

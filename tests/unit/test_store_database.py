@@ -117,3 +117,8 @@ def test_backoff_doubles_and_is_bounded() -> None:
     assert all(0 < delay <= MAX_BACKOFF_S for delay in first)
     assert first[0] < 0.06
     assert min(first[10:]) >= MAX_BACKOFF_S / 2
+
+
+def test_a_url_without_a_host_keeps_its_form() -> None:
+    dsn = "postgresql:///presence?host=/run/postgresql&statement_cache_size=0"
+    assert connect_options(dsn, "test")["dsn"] == "postgresql:///presence?host=%2Frun%2Fpostgresql"

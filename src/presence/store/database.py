@@ -11,7 +11,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import asyncpg
 
@@ -112,7 +112,9 @@ def connect_options(dsn: str, application_name: str) -> dict[str, Any]:
     if "target_session_attrs" not in query:
         # Of several hosts, and after a failover, only one that can be written to will do.
         options["target_session_attrs"] = "read-write"
-    options["dsn"] = dsn if cache_size is None else urlunsplit(parts._replace(query=urlencode(query)))
+    # Put together by hand: urlunsplit drops the two slashes of a URL without a host.
+    bare = f"{parts.scheme}://{parts.netloc}{parts.path}?{urlencode(query)}"
+    options["dsn"] = dsn if cache_size is None else bare
     options["server_settings"] = {name: value for name, value in settings.items() if name not in query}
     return options
 

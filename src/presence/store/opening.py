@@ -28,8 +28,8 @@ from presence.metrics import Metrics
 from presence.store import sql
 from presence.store.batch import Batcher, run_in_parts
 from presence.store.closing import Closings
-from presence.store.owner import Owner
 from presence.store.database import Away, BadRow, Database, Lane, TryAgain, backoff_delays_s
+from presence.store.owner import Owner
 
 log = get("store")
 
