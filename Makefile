@@ -22,7 +22,7 @@ lint: $(VENV)/.dev ## Style, types, and the extension's own style
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/cython-lint ext
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint ext
 
 debug-test: $(VENV)/.dev ## The extension's tests on a build with every check on
 	@PYTHON=$(BIN)/python tests/core/checked.sh debug

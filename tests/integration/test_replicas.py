@@ -154,7 +154,7 @@ async def test_a_replica_that_finds_itself_swept_brings_its_agents_back(
     one: Running, two: Running, overheard: Overheard, postgres: PostgresDatabase, database_url: str
 ) -> None:
     stays, old = await one.join("stays")
-    await eventually(lambda: two.app.lease._is_steady())
+    await eventually(two.app.lease._is_steady)
     old_id = one.app.replica_id
     two.app.lease._steady_since = 0.0
     expire(one, postgres, database_url)
