@@ -30,6 +30,7 @@ log = get("replicas")
 RENEWALS_PER_TTL: Final = 3  # two may fail before the lease runs out
 OWNER_TIMEOUT_S: Final = 0.5  # nobody is locked out by a replica that is dead or stands still for longer
 SWEEP_JITTER_S: Final = 0.1
+RETRY_S: Final = 0.25
 RECONCILE_INTERVAL_S: Final = 60.0
 
 Release = Callable[[UUID, str, int], Awaitable[None]]
@@ -113,6 +114,7 @@ class Lease:
                 await step()
             except SessionError as error:
                 log.warning("lease_step_failed", limited=True, error=error.title)
+                await asyncio.sleep(RETRY_S)  # the store refuses at once while the database is away: the loop goes on
             except Exception as error:
                 log.error("lease_step_failed", limited=True, error=repr(error), exc_info=error)
                 await asyncio.sleep(self._interval_s)
