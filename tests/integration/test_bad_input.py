@@ -91,6 +91,7 @@ def malformed_requests(payload: dict[str, Any]) -> dict[str, Any]:
     def with_payload(changed: Any) -> dict[str, Any]:
         return {"type": "connect_request", "payload": changed}
 
+    odd: list[Any] = [None, True, 1, "connect_request", [], {}]
     good, good_id = json.dumps(with_payload(payload)), payload["classroom_id"]
     wrong_values: dict[str, list[Any]] = {
         "token": [None, 1, ["a"], {}, True],
@@ -119,11 +120,11 @@ def malformed_requests(payload: dict[str, Any]) -> dict[str, Any]:
         "a control character": good.replace('"web"', '"w\x01b"'),
         "deep nesting": "[" * 60_000,
         "a list": [with_payload(payload)],
-        **{f"just {value}": value for value in (None, True, 1, "connect_request", [], {})},
-        **{f"type {value}": {"type": value, "payload": payload} for value in (None, 1, ["connect_request"], {})},
+        **{f"just {value}": value for value in odd},
+        **{f"type {value}": {"type": value, "payload": payload} for value in (None, 1, *odd[4:])},
         "no type": {"payload": payload},
         "no payload": {"type": "connect_request"},
-        **{f"payload {value}": with_payload(value) for value in (None, [], "x", 1, {})},
+        **{f"payload {value}": with_payload(value) for value in odd},
         **{f"no {field}": with_payload(without(payload, field)) for field in wrong_values},
         **{
             f"{field} {value!r}": with_payload({**payload, field: value})

@@ -1,55 +1,30 @@
-"""The HTTP port from outside: health, metrics, lists and counts, who may ask, and what it does not let itself be used for."""
+"""The HTTP port from outside: health, metrics, lists and counts, and who may ask."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import json
-import subprocess
-import sys
-import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
+from http_kit import BAD_REQUEST_BYTES, agents_path, insert_sessions, post, status_of
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
-from raw import Raw, dialled
+from raw import dialled
 from running import API_TOKEN, Running, running_gateway
 
 from presence import http_api
-from presence.app import GC_THRESHOLDS
 from servers import NatsServer, PostgresDatabase
-from waiting import SCALE, eventually, within
-
-AUTHORIZATION = f"Authorization: Bearer {API_TOKEN}\r\n"
-BAD_REQUEST_BYTES = 1_000  # a refusal is shorter than this
+from waiting import eventually, within
 
 
 @pytest.fixture
 async def gateway(tmp_path: Path, nats_url: str, database_url: str) -> AsyncIterator[Running]:
     async with running_gateway(tmp_path, nats_url, database_url) as running:
         yield running
-
-
-def agents_path(gateway: Running, query: str = "") -> str:
-    return f"/api/v1/classrooms/{gateway.classroom_id}/agents{query}"
-
-
-async def post(gateway: Running, body: bytes, authorization: str | None = f"Bearer {API_TOKEN}") -> httpx.Response:
-    """These bytes to the counters, as JSON."""
-    url = f"http://127.0.0.1:{gateway.app.http_api.port}/api/v1/counters/agent"
-    headers = {"Content-Type": "application/json", **({"Authorization": authorization} if authorization else {})}
-    async with httpx.AsyncClient(trust_env=False) as client:
-        return await within(client.post(url, content=body, headers=headers))
-
-
-async def status_of(gateway: Running, path: str) -> int:
-    return (await gateway.http("GET", path, token=None)).status_code
 
 
 # --- health
@@ -143,16 +118,6 @@ async def test_metrics_parse_and_tell_what_happened(gateway: Running, monkeypatc
 # --- lists and counts
 
 
-async def insert_sessions(gateway: Running, count: int, classroom_id: str) -> None:
-    await gateway.database.execute(
-        "INSERT INTO agent_session (agent_id, classroom_id, replica_id, started_at)"
-        " SELECT 'web.agent-' || n || '.presence', $1, $2, now() FROM generate_series(1, $3::int) n",
-        uuid.UUID(classroom_id),
-        gateway.app.replica_id,
-        count,
-    )
-
-
 async def test_the_list_is_paged_by_sequence_id(gateway: Running) -> None:
     await insert_sessions(gateway, 5, str(uuid.uuid4()))
     await insert_sessions(gateway, 2_005, gateway.classroom_id)
@@ -233,224 +198,3 @@ async def test_the_openapi_document_is_served(gateway: Running) -> None:
     row = document["components"]["schemas"]["AgentRow"]
     assert sorted(row["properties"]) == sorted(row["required"]) == ["agent_id", "sequence_id", "started_at"]
     assert {"/healthz", "/readyz", "/metrics", "/api/v1/counters/agent"} <= set(document["paths"])
-
-
-# --- invalid requests
-
-
-async def test_invalid_requests_get_422_and_a_short_body(gateway: Running) -> None:
-    bad_paths = [
-        "/api/v1/classrooms/room-1/agents",
-        f"/api/v1/classrooms/{gateway.classroom_id}x/agents",
-        "/api/v1/classrooms/" + "x" * 8_000 + "/agents",
-        *(agents_path(gateway, f"?limit={limit}") for limit in ("0", "-1", "1001", "ten", "1e3", "", "9" * 5_000)),
-        *(agents_path(gateway, f"?sequence_id={number}") for number in ("-1", "x", 2**63, "NaN")),
-    ]
-    for path in bad_paths:
-        answer = await gateway.http("GET", path)
-        assert (answer.status_code, len(answer.content) < BAD_REQUEST_BYTES) == (422, True), path[:80]
-    many = [f"{number:036d}x" for number in range(1_000)]
-    bodies = [
-        b"",
-        b"{",
-        b"null",
-        b"[]",
-        b"{}",
-        b'{"classroom_ids": "x"}',
-        b'{"classroom_ids": [1]}',
-        b"\xff\xfe",
-        b"x" * 60_000,
-    ]
-    bodies += [json.dumps({"classroom_ids": many}).encode()]
-    bodies += [json.dumps({"classroom_ids": [gateway.classroom_id] * 1_001}).encode()]
-    for body in bodies:
-        answer = await post(gateway, body)
-        assert (answer.status_code, len(answer.content) < BAD_REQUEST_BYTES) == (422, True), (body[:80], answer.text)
-    nested = await post(gateway, b'{"classroom_ids": ' + b"[" * 40_000)
-    assert nested.status_code in (400, 422)
-    assert len(nested.content) < BAD_REQUEST_BYTES
-
-
-LARGE = b"x" * 70_000
-COUNT_HEAD = f"POST /api/v1/counters/agent HTTP/1.1\r\nHost: x\r\n{AUTHORIZATION}"
-OVERSIZED: dict[str, tuple[bytes, int]] = {
-    "a large body": (f"{COUNT_HEAD}Content-Length: {len(LARGE)}\r\n\r\n".encode() + LARGE, 413),
-    "a large body in chunks": (
-        f"{COUNT_HEAD}Transfer-Encoding: chunked\r\n\r\n".encode() + b"1000\r\n" + b" " * 4096 + b"\r\n" + LARGE * 2,
-        413,
-    ),
-    "a large header": (b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Large: " + b"x" * 20_000, 431),
-    "a large path": (b"GET /" + b"x" * 20_000, 431),
-    "no HTTP": (b"hello\r\n\r\n", 400),
-    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
-    "many requests at once": (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 500, 400),
-}
-
-
-async def test_requests_are_bounded_in_size(gateway: Running, capfd: pytest.CaptureFixture[str]) -> None:
-    for what, (data, status) in OVERSIZED.items():
-        async with dialled(gateway.app.http_api.port) as (client,):
-            await client.send(data)
-            answer = await client.answer()
-            assert (what, answer.status, len(answer.body) < 100) == (what, status, True)
-            assert answer.headers["connection"] == "close"
-            assert await client.ended() == b"", what
-    assert "Traceback" not in "".join(capfd.readouterr())
-    assert await status_of(gateway, "/healthz") == 200
-
-
-async def test_two_requests_at_once_are_both_answered(gateway: Running) -> None:
-    async with dialled(gateway.app.http_api.port) as (client,):
-        for _ in range(3):
-            await client.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert [(await client.answer()).status for _ in range(2)] == [200, 404]
-
-
-# --- slow clients, and many
-
-
-@pytest.fixture
-async def hasty(
-    tmp_path: Path, nats_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Running]:
-    """A gateway with a tenth of the patience."""
-    monkeypatch.setattr(http_api, "REQUEST_TIMEOUT_S", http_api.REQUEST_TIMEOUT_S / 10)
-    monkeypatch.setattr(http_api, "KEEP_ALIVE_S", 1)
-    async with running_gateway(tmp_path, nats_url, database_url) as running:
-        yield running
-
-
-async def test_slow_requests_are_gone_by_their_deadline(hasty: Running) -> None:
-    head_only = f"{COUNT_HEAD}Content-Length: 100\r\n\r\n".encode()
-
-    async def drip(client: Raw, data: bytes) -> None:
-        while True:
-            for byte in data:
-                await client.send(bytes([byte]))
-                await asyncio.sleep(0.1)
-
-    async with dialled(hasty.app.http_api.port, 5) as clients:
-        started = time.monotonic()
-        silent, in_head, in_body, dripping, dripping_body = clients
-        await in_head.send(head_only[:-2])
-        await in_body.send(head_only + b"{")
-        await dripping_body.send(head_only)
-        drips = [asyncio.create_task(drip(dripping, head_only)), asyncio.create_task(drip(dripping_body, b"{"))]
-        for client in (silent, in_head, in_body, dripping, dripping_body):
-            assert await client.ended(http_api.REQUEST_TIMEOUT_S + 2) == b""
-            assert 0.9 < time.monotonic() - started < http_api.REQUEST_TIMEOUT_S + 0.5 * SCALE
-        for task in drips:
-            task.cancel()
-        await asyncio.gather(*drips, return_exceptions=True)
-
-
-async def test_one_who_never_reads_the_answers_is_gone(hasty: Running) -> None:
-    await insert_sessions(hasty, 1_000, hasty.classroom_id)
-    request = f"GET {agents_path(hasty)} HTTP/1.1\r\nHost: x\r\n{AUTHORIZATION}\r\n".encode()
-    async with dialled(hasty.app.http_api.port) as (client,):
-        client.writer.transport.pause_reading()
-
-        async def ask_on() -> None:
-            while not client.writer.is_closing():
-                client.writer.write(request)
-                await asyncio.sleep(0.02)
-
-        await within(ask_on(), 10)
-        assert client.writer.is_closing()
-
-
-async def test_an_idle_connection_is_kept_for_a_while_and_then_closed(hasty: Running) -> None:
-    async with dialled(hasty.app.http_api.port) as (client,):
-        for _ in range(2):
-            await client.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert (await client.answer()).status == 200
-        started = time.monotonic()
-        assert await client.ended() == b""
-        assert 0.8 < time.monotonic() - started < 1.0 + 0.5 * SCALE
-
-
-async def test_connections_are_bounded_and_those_beyond_are_told_at_once(hasty: Running) -> None:
-    port = hasty.app.http_api.port
-    async with dialled(port, http_api.CONNECTIONS_MAX) as _, dialled(port, 20) as beyond:
-        for client in beyond:
-            answer = await client.answer(0.5 * SCALE)
-            assert (answer.status, answer.headers["retry-after"]) == (503, "1")
-            assert await client.ended() == b""
-    assert await eventually(lambda: status_of(hasty, "/healthz")) == 200
-
-
-# --- its load never makes a ping late
-
-HAMMER = """
-import http.client, itertools, sys, threading, time
-port, token, seconds, *paths = sys.argv[1:]
-stop_at = time.monotonic() + float(seconds)
-done = itertools.count()
-
-def ask(path):
-    connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=5)
-    while time.monotonic() < stop_at:
-        connection.request("GET", path, headers={"Authorization": "Bearer " + token})
-        answer = connection.getresponse()
-        answer.read()
-        assert answer.status == 200, answer.status
-        next(done)
-
-threads = [threading.Thread(target=ask, args=[path]) for path in paths]
-for thread in threads:
-    thread.start()
-for thread in threads:
-    thread.join()
-print(next(done))
-"""
-HAMMER_S = 2.0
-ROUNDS = 4  # a busy machine makes a round look worse than the gateway is, never better
-LATE_S = 0.05
-
-
-@pytest.fixture
-def product_gc() -> Iterator[None]:
-    """The collector as the running product has it: the objects of the start are out of its way."""
-    thresholds = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
-    yield
-    gc.unfreeze()
-    gc.set_threshold(*thresholds)
-
-
-@pytest.mark.usefixtures("product_gc")
-async def test_requests_never_make_a_ping_late(tmp_path: Path, nats_url: str, database_url: str) -> None:
-    options = {"ping_interval_s": 0.5, "pong_timeout_s": 0.4}
-    async with running_gateway(tmp_path, nats_url, database_url, **options) as gateway:
-        await insert_sessions(gateway, 1_000, gateway.classroom_id)
-        for number in range(100):
-            await gateway.join("alice", classroom_id=f"00000000-0000-4000-8000-{number:012d}")
-        rounds: list[int] = []
-        while len(rounds) < ROUNDS and 0 not in rounds:
-            before = lateness(gateway)
-            await hammer(gateway)
-            on_time, late = (now - then for now, then in zip(lateness(gateway), before, strict=True))
-            assert on_time + late > 100 * HAMMER_S / 0.5 * 0.8
-            rounds.append(late)
-        assert 0 in rounds, rounds
-        assert len(gateway.app.hub) == 100
-
-
-async def hammer(gateway: Running) -> None:
-    """Four clients in a process of their own ask for metrics and for full pages as fast as they get them."""
-    paths = ["/metrics", "/metrics", agents_path(gateway), agents_path(gateway)]
-    arguments = ["-c", HAMMER, str(gateway.app.http_api.port), API_TOKEN, str(HAMMER_S), *paths]
-    process = await asyncio.create_subprocess_exec(sys.executable, *arguments, stdout=subprocess.PIPE)
-    printed, _ = await within(process.communicate(), HAMMER_S + 10)
-    assert process.returncode == 0
-    assert int(printed) > 100  # requests answered
-
-
-def lateness(gateway: Running) -> tuple[int, int]:
-    """How many pings were sent on time, and how many later than LATE_S."""
-    bounds_s, counts, _ = gateway.app.hub.stats()["histograms"]["ping_lateness_seconds"]
-    assert LATE_S in bounds_s
-    on_time = sum(count for bound_s, count in zip(bounds_s, counts, strict=False) if bound_s <= LATE_S)
-    return on_time, sum(counts) - on_time
