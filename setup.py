@@ -10,7 +10,23 @@ import os
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-MODULES = ["wheel", "frames", "histogram", "members", "backlog", "hub", "upgrade"]
+MODULES = [
+    "wheel",
+    "frames",
+    "histogram",
+    "members",
+    "backlog",
+    "room_events",
+    "hub",
+    "turns",
+    "deadlines",
+    "input",
+    "output",
+    "fanout",
+    "notices",
+    "closing",
+    "upgrade",
+]
 
 asan = os.environ.get("PRESENCE_ASAN") == "1"
 debug = asan or os.environ.get("PRESENCE_DEBUG") == "1"

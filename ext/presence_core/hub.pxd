@@ -4,9 +4,10 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from presence_core.backlog cimport backlog
-from presence_core.frames cimport frame_decoder, frame_event
+from presence_core.frames cimport frame_decoder
 from presence_core.histogram cimport histogram
 from presence_core.members cimport member, member_list
+from presence_core.room_events cimport event_list
 from presence_core.wheel cimport wheel, wheel_entry
 
 cdef enum:
@@ -33,7 +34,7 @@ cdef enum beat_kind:         # what the beat entry of a connection waits for
     BEAT_PONG = 2            # the answer to the last one
     BEAT_CLOSE = 3           # the end of the close handshake
 
-cdef enum entry_kind:         # which of a connection's wheel entries this is
+cdef enum entry_kind:        # which of a connection's wheel entries this is
     ENTRY_BEAT = 0
     ENTRY_ALARM = 1
 
@@ -43,19 +44,12 @@ cdef enum notice_kind:       # bits: what the handler is still to be told of a c
     NOTICE_BACKLOG = 4
     NOTICE_CLOSED = 8
     NOTICE_LISTED = 16       # it waits in the hub's list
+    NOTICES_ALL = 31
 
-cdef struct room_event:
-    PyObject *frame          # bytes: one encoded frame
-    PyObject *exclude        # Connection that does not get it, or NULL
-    PyObject *only           # Connection that alone gets it, or NULL
-    uint64_t received_ns     # when it reached the process
-    uint64_t number          # position in the room's order
-
-cdef struct event_list:
-    room_event *items
-    size_t start             # the first one
-    size_t end               # behind the last one; 0 when there is none
-    size_t capacity
+cdef enum:                   # RFC 6455 section 7.4.1
+    CODE_NONE = 1005         # the close frame had no code
+    CODE_LOST = 1006         # there was no close frame
+    CODE_INTERNAL_ERROR = 1011
 
 cdef class Room:
     cdef:
@@ -70,13 +64,6 @@ cdef class Room:
         uint64_t next_number
         readonly size_t queued_bytes  # of those that wait for the next pass
         Room ring_next
-
-    cdef int enqueue(self, bytes frame, PyObject *exclude, PyObject *only, uint64_t received_ns) except -1
-    cdef void begin_pass(self) noexcept
-    cdef bytes join(self, size_t count)
-    cdef void end_pass(self, uint64_t now_ns) noexcept
-    cdef void forget_events(self) noexcept
-    cdef void name(self, int by) noexcept
 
 cdef class Connection:
     cdef:
@@ -138,57 +125,3 @@ cdef class Hub:
     cdef void close_descriptors(self) noexcept
     cdef int open(self, Connection c, bytes head) except -1
     cdef int finish_close(self) except -1
-    # the turn
-    cdef int end_turn(self) except -1
-    cdef int raise_held(self) except -1
-    cdef int turn(self, int timeout_ms) except -1
-    cdef int settle(self) except -1
-    cdef void wake(self) noexcept
-    cdef int arm(self) except -1
-    cdef int set_timer(self, uint64_t tick) except -1
-    cdef int on_events(self, Connection c, uint32_t events) except -1
-    cdef uint64_t tick(self) noexcept
-    cdef uint64_t random(self) noexcept
-    # deadlines
-    cdef int run_timers(self) except -1
-    cdef int fire_beat(self, Connection c, uint64_t due_ns, uint64_t now_ns) except -1
-    cdef int send_ping(self, Connection c) except -1
-    cdef void schedule_ping(self, Connection c) noexcept
-    # what Python is told
-    cdef void notify(self, Connection c, uint8_t notice) noexcept
-    cdef int run_notices(self) except -1
-    cdef int tell(self, Connection c) except -1
-    cdef int tell_closed(self, Connection c) except -1
-    cdef int tell_deadline(self, Connection c, object deadline) except -1
-    cdef int tell_limit(self, Connection c, object limit) except -1
-    cdef int tell_drained(self, list rooms) except -1
-    cdef void failed(self, Connection c, object error) noexcept
-    cdef void hold(self, object error) noexcept
-    # input
-    cdef int receive(self, Connection c) except -1
-    cdef int decode(self, Connection c, uint8_t *data, size_t size) except -1
-    cdef int on_frame(self, Connection c, const frame_event *event) except -1
-    cdef int send_pong(self, Connection c, const frame_event *event) except -1
-    cdef int on_pong(self, Connection c, const frame_event *event) except -1
-    cdef int on_peer_close(self, Connection c, int code) except -1
-    cdef int on_violation(self, Connection c, int code) except -1
-    cdef bint take_token(self, Connection c, bint control) noexcept
-    # output
-    cdef int write(self, Connection c, bytes frames) noexcept
-    cdef void refuse_backlog(self, Connection c) noexcept
-    cdef int flush(self, Connection c) noexcept
-    cdef int poll_output(self, Connection c, bint wanted) noexcept
-    cdef uint32_t input_events(self, Connection c) noexcept
-    cdef int watch(self, Connection c, uint32_t events, int operation) noexcept
-    # fan-out
-    cdef void activate(self, Room room) noexcept
-    cdef Room take_room(self)
-    cdef int fan_out(self) except -1
-    cdef int serve_some(self, Room room) except -1
-    cdef int serve_named(self, Room room, Connection c) except -1
-    # the end of a connection
-    cdef int begin_close(self, Connection c, int code, bytes reason, bytes message) except -1
-    cdef void start_closing(self, Connection c, uint8_t state) noexcept
-    cdef void fail(self, Connection c, int code) noexcept
-    cdef int finish(self, Connection c) except -1
-    cdef void drop(self, Connection c, int code) noexcept

@@ -1,0 +1,1 @@
+"""What is due: pings, missing pongs, alarms, the end of close handshakes."""
