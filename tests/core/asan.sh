@@ -10,7 +10,7 @@ PRESENCE_ASAN=1 "$python" setup.py -q build_ext --build-temp build/temp-asan --b
     cat build/asan.log
     exit 1
 }
-cp ext/presence_core/__init__.py "$build/presence_core/"
+cp ext/presence_core/*.py "$build/presence_core/"
 
 # The interpreter is not instrumented: the runtimes come first, and every allocation is the C library's.
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
