@@ -25,10 +25,12 @@ lint: $(VENV)/.dev ## Style, types, and the extension's own style
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint ext
 
 debug-test: $(VENV)/.dev ## The extension's tests on a build with every check on
-	@PYTHON=$(BIN)/python tests/core/checked.sh debug
+	@PRESENCE_DEBUG=1 $(BIN)/python setup.py -q build_ext --build-temp build/temp-debug --build-lib build/debug
+	@cp ext/presence_core/*.py build/debug/presence_core/
+	@PYTHONPATH=build/debug $(BIN)/python -m pytest tests/core -q -p no:cacheprovider
 
-asan: $(VENV)/.dev ## The extension's tests under AddressSanitizer and UBSan
-	@PYTHON=$(BIN)/python tests/core/checked.sh asan
+asan: $(VENV)/.dev ## The extension's tests under AddressSanitizer, UBSan and LeakSanitizer
+	@PYTHON=$(BIN)/python tests/core/asan.sh
 
 bench: $(VENV)/.bench ## All benchmarks, beside the peers; results in bench/results, the table in the README
 	@$(BIN)/python bench/run.py --update-readme

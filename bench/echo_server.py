@@ -10,11 +10,13 @@ import logging
 import socket
 
 import picows
+import picows.picows
 import uvloop
+
+from presence_core.door import Door
+from presence_core.frames import encode_frame
 from presence_core.hub import Connection, Hub
 from presence_core.upgrade import READ_BUFFER_INIT_BYTES, Upgrade
-
-from presence_core.frames import encode_frame
 
 UNLIMITED_PER_S = 1e9
 
@@ -69,18 +71,35 @@ async def serve(arguments: argparse.Namespace) -> None:
     loop.add_reader(hub.fileno(), hub.on_readable)
 
     upgrade = Upgrade(hub, lambda request: Connection(), lambda error: logging.error("not adopted", exc_info=error))
+    quiet = logging.LoggerAdapter(logging.getLogger("picows.quiet"))
+
+    def handshake() -> picows.picows.WSProtocol:
+        auto_ping = (False, 0, 0, picows.WSAutoPingStrategy.PING_WHEN_IDLE)
+        return picows.picows.WSProtocol(
+            None,
+            None,
+            False,
+            lambda request: upgrade,
+            quiet,
+            True,
+            None,
+            *auto_ping,
+            False,
+            0,
+            None,
+            READ_BUFFER_INIT_BYTES,
+        )
+
     listener = socket.create_server(("127.0.0.1", arguments.port), backlog=4096)
-    server = await picows.ws_create_server(
-        lambda request: upgrade,
-        sock=listener,
-        backlog=128,
-        read_buffer_init_size=READ_BUFFER_INIT_BYTES,
-        enable_auto_pong=False,
-        logger_name=logging.LoggerAdapter(logging.getLogger("picows.quiet")),
+    door = Door(
+        listener,
+        handshake,
+        max_handshakes=1_024,
+        handshake_timeout_s=5,
+        on_error=lambda error: logging.error("%r", error),
     )
-    listener.listen(4096)
-    print(f"listening on {listener.getsockname()[1]}", flush=True)
-    await server.serve_forever()
+    print(f"listening on {door.port}", flush=True)
+    await loop.create_future()
 
 
 def main() -> None:

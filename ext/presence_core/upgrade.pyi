@@ -8,7 +8,7 @@ from typing_extensions import disjoint_base
 
 from presence_core.hub import Connection, Hub
 
-READ_BUFFER_INIT_BYTES: Final[int]  # what `picows.ws_create_server` must get as `read_buffer_init_size`
+READ_BUFFER_INIT_BYTES: Final[int]  # what picows must get as `read_buffer_init_size`
 
 @disjoint_base
 class Upgrade(WSListener):
@@ -23,4 +23,4 @@ class Upgrade(WSListener):
         """
 
     def on_ws_connected(self, transport: WSTransport) -> None:
-        """Called by picows: duplicate the descriptor, take the bytes behind the request, have the hub adopt both."""
+        """Called by picows: take the descriptor and the bytes behind the request, have the hub adopt both."""

@@ -1,8 +1,8 @@
 """Adoption: takes the socket of a finished HTTP upgrade out of picows and hands it to the hub.
 
-picows accepts, bounds and parses the upgrade request. Once the 101 is with the kernel, ``Upgrade`` duplicates the
-descriptor, takes the bytes that came behind the request, and aborts the picows transport, which frees all that picows held
-for the connection. Knows nothing of what the connection is for: ``accepted`` makes the ``Connection``.
+picows bounds, parses and answers the upgrade request. Once the 101 is with the kernel, ``Upgrade`` takes the descriptor and
+the bytes that came behind the request, and aborts the picows transport, which frees all that picows held for the
+connection. Knows nothing of what the connection is for: ``accepted`` makes the ``Connection``.
 """
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -48,20 +48,29 @@ cdef class Upgrade(WSListener):
         self.failed = failed
 
     cpdef on_ws_connected(self, WSTransport transport):
-        cdef int fd
+        cdef object underlying = transport.underlying_transport
         try:
-            if transport.underlying_transport.get_write_buffer_size():
+            if underlying.get_write_buffer_size():
                 raise BlockingIOError("the upgrade response could not be written at once")
-            head = take_head(transport.underlying_transport.get_protocol())
+            head = take_head(underlying.get_protocol())
             connection = self.accepted(transport.request)
-            fd = fcntl(transport._socket, F_DUPFD_CLOEXEC, 3)
-            if fd < 0:
-                raise OSError(errno, os.strerror(errno))
-            self.hub.adopt(connection, fd, head)
+            self.hub.adopt(connection, take_descriptor(underlying, transport._socket), head)
         except Exception as error:
             self.failed(error)
         finally:
-            transport.underlying_transport.abort()
+            underlying.abort()
+
+
+cdef int take_descriptor(object underlying, int fd) except -1:
+    """Our own door gives its descriptor away; the transport of another server is aborted, which leaves a duplicate alive."""
+    cdef int duplicate
+    detach = getattr(underlying, "detach", None)
+    if detach is not None:
+        return detach()
+    duplicate = fcntl(fd, F_DUPFD_CLOEXEC, 3)
+    if duplicate < 0:
+        raise OSError(errno, os.strerror(errno))
+    return duplicate
 
 
 cdef bytes take_head(object protocol):

@@ -1,30 +1,27 @@
-"""The door: accepts sockets, checks the upgrade request, and has the hub adopt what may come in.
+"""The gateway's upgrade: which requests may come in, and what the others are told.
 
-Owns the listening socket, the bounds on sockets and handshakes, and the answers to requests that are refused. picows reads
-and parses the request and writes the 101. Knows nothing of what agents say once they are in.
+Owns the bounds on sockets and handshakes, and the answers to requests that are refused. picows reads and parses the request
+and writes the 101; the door accepts, the hub adopts. Knows nothing of what agents say once they are in.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import errno
 import logging
 import os
 import re
-import select
 import socket
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
-import aiofastnet
 import picows
 import picows.picows
 
 from presence.connection import Agent
 from presence.errors import StartError
 from presence.log import get
+from presence_core.door import Door
 from presence_core.hub import Hub
 from presence_core.upgrade import READ_BUFFER_INIT_BYTES, Upgrade
 
@@ -35,9 +32,7 @@ if TYPE_CHECKING:
 log = get("gateway")
 
 KERNEL_BACKLOG: Final = 4096
-ACCEPTS_PER_TURN: Final = 64  # sockets that one wake-up may accept: each costs a task until its upgrade is done
 HANDSHAKE_TIMEOUT_S: Final = 5
-ACCEPT_RETRY_S: Final = 0.1
 RETRY_AFTER_S: Final = 2
 WEBSOCKET_VERSION: Final = "13"
 KEY: Final = re.compile(r"[A-Za-z0-9+/]{22}==")  # sixteen bytes in base64 (RFC 6455 section 4.1)
@@ -92,8 +87,9 @@ class Handshake(picows.picows.WSProtocol):  # type: ignore[name-defined,misc]
     def __init__(self, screen: Callable[[Any], Any], on_answer: Callable[[int], None], logger: Any) -> None:
         auto_ping = (False, 0, 0, picows.WSAutoPingStrategy.PING_WHEN_IDLE)
         auto_pong, max_frame_bytes = False, 0  # the hub's concern
+        the_doors_timeout = None
         super().__init__(
-            None, None, False, screen, logger, True, HANDSHAKE_TIMEOUT_S, *auto_ping, auto_pong, max_frame_bytes, None,
+            None, None, False, screen, logger, True, the_doors_timeout, *auto_ping, auto_pong, max_frame_bytes, None,
             READ_BUFFER_INIT_BYTES,
         )  # fmt: skip
         self._on_answer: Callable[[int], None] | None = on_answer
@@ -121,97 +117,25 @@ class Handshake(picows.picows.WSProtocol):  # type: ignore[name-defined,misc]
             on_answer(status.value)
 
 
-class AcceptedSocket(socket.socket):
-    """A socket in picows' hands: its end is counted, whichever way it comes."""
-
-    __slots__ = ("_on_close",)
-
-    def __init__(self, fileno: int, like: socket.socket, on_close: Callable[[], None]) -> None:
-        super().__init__(like.family, like.type, like.proto, fileno)
-        self._on_close: Callable[[], None] | None = on_close
-
-    def close(self) -> None:
-        super().close()
-        if self._on_close is not None:
-            on_close, self._on_close = self._on_close, None
-            on_close()
-
-
-class Door(socket.socket):
-    """The listening socket, behind an epoll descriptor of its own.
-
-    The loop watches that descriptor; while too many handshakes are under way the socket is taken out of it, and what comes
-    waits in the kernel's queue. An accept loop that must stop otherwise spins on a socket that stays readable.
-    """
-
-    def __init__(self, listening: socket.socket, max_handshakes: int) -> None:
-        super().__init__(listening.family, listening.type, listening.proto, listening.detach())
-        self.handshakes = 0
-        self._max_handshakes = max_handshakes
-        self._watched = select.epoll()
-        self._listening_fd = super().fileno()
-        self._watched.register(self._listening_fd, select.EPOLLIN)
-        self._paused = False
-
-    def fileno(self) -> int:
-        return self._watched.fileno()
-
-    def accept(self) -> tuple[socket.socket, object]:
-        if self.handshakes >= self._max_handshakes:
-            self._pause()
-            raise BlockingIOError
-        try:
-            fd, address = self._accept()  # type: ignore[attr-defined] # what socket.accept itself is made of
-        except BlockingIOError:
-            raise
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                raise
-            log.error("accept_failed", limited=True, error=str(error))
-            self._pause()
-            asyncio.get_running_loop().call_later(ACCEPT_RETRY_S, self._resume)
-            raise BlockingIOError from error
-        self.handshakes += 1
-        return AcceptedSocket(fd, self, self._on_handshake_over), address
-
-    def _on_handshake_over(self) -> None:
-        self.handshakes -= 1
-        if self._paused and self.handshakes < self._max_handshakes:
-            self._resume()
-
-    def _pause(self) -> None:
-        if not self._paused:
-            self._paused = True
-            self._watched.unregister(self._listening_fd)
-
-    def _resume(self) -> None:
-        if self._paused and not self._watched.closed:
-            self._paused = False
-            self._watched.register(self._listening_fd, select.EPOLLIN)
-
-    def close(self) -> None:
-        self._watched.close()
-        super().close()
-
-
 class Gateway:
     def __init__(self, settings: Settings, hub: Hub, metrics: Metrics) -> None:
         self._settings = settings
         self._hub = hub
         self._metrics = metrics
         self._upgrade = Upgrade(hub, lambda request: Agent(), self._on_adoption_failed)
-        self._server: asyncio.AbstractServer | None = None
         self._logger = quiet_logger()
         self._origins = frozenset(settings.allowed_origins)
         self.door: Door | None = None
         self.draining = False
 
     async def open(self) -> None:
-        self.door = Door(self._bind(), self._settings.max_handshakes)
-        self._server = await aiofastnet.create_server(
-            asyncio.get_running_loop(), self._new_handshake, sock=self.door, backlog=ACCEPTS_PER_TURN
+        self.door = Door(
+            self._bind(),
+            self._new_handshake,
+            max_handshakes=self._settings.max_handshakes,
+            handshake_timeout_s=HANDSHAKE_TIMEOUT_S,
+            on_error=self._on_accept_failed,
         )
-        self.door.listen(KERNEL_BACKLOG)  # the server's backlog bounds its accept loop; the kernel's may be long
 
     def _bind(self) -> socket.socket:
         settings = self._settings
@@ -223,14 +147,13 @@ class Gateway:
             raise StartError(f"cannot listen for agents on {settings.host} port {settings.port}: {reason}") from error
 
     async def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        if self.door is not None:
+            self.door.close()
 
     @property
     def port(self) -> int:
         assert self.door is not None
-        return int(self.door.getsockname()[1])
+        return self.door.port
 
     # --- the upgrade request
 
@@ -266,6 +189,9 @@ class Gateway:
             host = headers["Host"].lower()
             return all(is_origin_of(origin, host) for origin in origins)
         return "*" in self._origins or self._origins.issuperset(origins)
+
+    def _on_accept_failed(self, error: Exception) -> None:
+        log.error("accept_failed", limited=True, error=repr(error))
 
     def _on_adoption_failed(self, error: Exception) -> None:
         log.warning("adoption_failed", limited=True, error=repr(error))

@@ -1,0 +1,212 @@
+"""The door: accepts sockets and lets picows read, bound and answer the upgrade request of each.
+
+Owns the listening socket, the handshakes under way and their deadline. Knows nothing of what a request must look like, nor
+of what becomes of the socket: `make_protocol` makes picows' side of one handshake.
+
+A request is mostly there, whole, when its socket is accepted: it is read, answered and adopted in the accept callback. An
+asyncio server would make a task, a transport, a timer and two registrations for each, and ask the socket for ten options:
+half of all that an upgrade costs (`bench/run.py --only sockets`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Callable
+from typing import Any, Final
+
+__all__ = ["Door", "HandshakeTransport"]
+
+ACCEPTS_PER_TURN: Final = 32  # about two milliseconds, then the loop has its turn
+ACCEPT_RETRY_S: Final = 0.1
+NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class HandshakeTransport:
+    """What picows sees of an accepted socket until its upgrade is answered; `detach` gives the descriptor away."""
+
+    __slots__ = ("_door", "_is_closing", "_is_watched", "_protocol", "_socket", "_timer", "_unsent_bytes")
+
+    def __init__(self, door: Door, accepted: socket.socket, protocol: Any) -> None:
+        self._door = door
+        self._socket = accepted
+        self._protocol = protocol
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_watched = False
+        self._is_closing = False
+        self._unsent_bytes = 0
+
+    def begin(self, timeout_s: float) -> None:
+        """Read what is there; the rest may take `timeout_s`."""
+        self._protocol.connection_made(self)
+        self.on_readable()
+        if not self.is_closing():
+            loop = self._door.loop
+            self._timer = loop.call_later(timeout_s, self._protocol._handshake_timeout_callback)
+            self._is_watched = True
+            loop.add_reader(self._socket.fileno(), self.on_readable)
+
+    def on_readable(self) -> None:
+        try:
+            received = self._socket.recv_into(self._protocol.get_buffer(-1), 0, socket.MSG_DONTWAIT)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            received = 0
+        if not received:
+            self.abort()
+            return
+        try:
+            self._protocol.buffer_updated(received)
+        except Exception as error:
+            self._door.on_error(error)
+            self.abort()
+
+    # --- what picows calls
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self if name == "socket" else default
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def setsockopt(self, *_: Any) -> None:
+        """The door has set what it wants."""
+
+    def getsockopt(self, *_: Any) -> int:
+        """picows asks for four options, for a line in its log."""
+        return 0
+
+    def get_protocol(self) -> Any:
+        return self._protocol
+
+    def write(self, data: bytes) -> None:
+        """The answer: it fits into the buffer of a new socket, or the client gets only a part of it and the end."""
+        try:
+            sent = self._socket.send(data, socket.MSG_DONTWAIT)
+        except OSError:
+            sent = 0
+        self._unsent_bytes += len(data) - sent
+
+    def get_write_buffer_size(self) -> int:
+        return self._unsent_bytes
+
+    def is_closing(self) -> bool:
+        return self._is_closing
+
+    def detach(self) -> int:
+        """The descriptor, which is the caller's from now on."""
+        self._unwatch()
+        return self._socket.detach()
+
+    def close(self) -> None:
+        """Read nothing more, and end when the protocol has done what it is about: it may have an answer yet."""
+        if not self._is_closing:
+            self._is_closing = True
+            self._unwatch()
+            self._door.loop.call_soon(self.abort)
+
+    def abort(self) -> None:
+        if self._protocol is None:
+            return
+        self._is_closing = True
+        self._unwatch()
+        self._protocol = None  # and with it the circle
+        if self._timer is not None:
+            self._timer.cancel()
+        self._socket.close()
+        self._door._on_handshake_over(self)
+
+    def _unwatch(self) -> None:
+        if self._is_watched:
+            self._is_watched = False
+            self._door.loop.remove_reader(self._socket.fileno())
+
+
+class Door:
+    """A listening socket on the running loop.
+
+    `make_protocol` is called for each accepted socket; `on_error` is told why accepting had to pause, and of a protocol that
+    raised. While `max_handshakes` are under way nothing is accepted, and what comes waits in the kernel's queue.
+    """
+
+    def __init__(
+        self,
+        listening: socket.socket,
+        make_protocol: Callable[[], Any],
+        *,
+        max_handshakes: int,
+        handshake_timeout_s: float,
+        on_error: Callable[[Exception], object],
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._listening = listening
+        self._make_protocol = make_protocol
+        self._max_handshakes = max_handshakes
+        self._timeout_s = handshake_timeout_s
+        self.on_error = on_error
+        self._under_way: set[HandshakeTransport] = set()
+        self._is_accepting = False
+        self._is_closed = False
+        listening.setblocking(False)
+        self._resume()
+
+    @property
+    def handshakes(self) -> int:
+        """How many are under way."""
+        return len(self._under_way)
+
+    @property
+    def port(self) -> int:
+        port: int = self._listening.getsockname()[1]
+        return port
+
+    def close(self) -> None:
+        """Accept nothing more, and end the handshakes under way."""
+        self._is_closed = True
+        self._pause()
+        for handshake in list(self._under_way):
+            handshake.abort()
+        self._listening.close()
+
+    def _on_acceptable(self) -> None:
+        for _ in range(ACCEPTS_PER_TURN):
+            if len(self._under_way) >= self._max_handshakes:
+                self._pause()
+                return
+            try:
+                accepted, _address = self._listening.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                if error.errno not in NO_DESCRIPTOR:
+                    continue  # that client has gone already
+                # The socket stays readable: to watch it on would spin.
+                self.on_error(error)
+                self._pause()
+                self.loop.call_later(ACCEPT_RETRY_S, self._resume)
+                return
+            self._begin(accepted)
+
+    def _begin(self, accepted: socket.socket) -> None:
+        if accepted.family != socket.AF_UNIX:
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        handshake = HandshakeTransport(self, accepted, self._make_protocol())
+        self._under_way.add(handshake)
+        handshake.begin(self._timeout_s)
+
+    def _on_handshake_over(self, handshake: HandshakeTransport) -> None:
+        self._under_way.discard(handshake)
+        if not self._is_accepting and len(self._under_way) < self._max_handshakes:
+            self._resume()
+
+    def _pause(self) -> None:
+        if self._is_accepting:
+            self._is_accepting = False
+            self.loop.remove_reader(self._listening.fileno())
+
+    def _resume(self) -> None:
+        if not self._is_accepting and not self._is_closed:
+            self._is_accepting = True
+            self.loop.add_reader(self._listening.fileno(), self._on_acceptable)
