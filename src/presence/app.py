@@ -90,6 +90,8 @@ class App:
             settings.replica_label,
             on_owned=lambda rows: self.sessions.on_owned(rows),  # noqa: PLW0108 - made after the store
             ask_owner=owners.ask,
+            prove=self.bus.prove,
+            confirm=self.bus.confirm,
             metrics=metrics,
         )
         stack.push_async_callback(self.store.close)
@@ -101,7 +103,12 @@ class App:
         )
         await owners.serve(self.replica_id, self.sessions.release)
         self.lease = Lease(
-            settings, self.store, metrics, come_back=partial(self._come_back, owners), reconcile=self.sessions.reconcile
+            settings,
+            self.store,
+            metrics,
+            come_back=partial(self._come_back, owners),
+            reconcile=self.sessions.reconcile,
+            was_deaf=self.bus.was_deaf,
         )
         self.lease.open()
         stack.push_async_callback(self.lease.close)

@@ -48,6 +48,7 @@ FIRST_BACKOFF_S: Final = 0.1
 MAX_BACKOFF_S: Final = 2.0
 PING_INTERVAL_S: Final = 5
 CLOSE_TIMEOUT_S: Final = 2.0
+PROOF_LASTS_S: Final = 0.05
 MAX_OUTGOING: Final = 65_536  # messages that wait while NATS is away
 
 
@@ -142,6 +143,8 @@ class Bus:
         self._waiters: list[asyncio.Future[None]] = []
         self._round: Round | None = None
         self._rounds = 0
+        self._proven_at = -PROOF_LASTS_S  # by perf_counter: all that was sent before has arrived
+        self._was_deaf = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._keeping: asyncio.Task[None] | None = None
         self._refusal = ""  # why the last server could not be reached: the client's own error only says that none could
@@ -214,6 +217,10 @@ class Bus:
         if self._client is not None:
             await self._serve(self._client, subject, answer)
 
+    def stop_serving(self, subject: str) -> None:
+        """Nobody asks there any more."""
+        self._services.pop(subject, None)
+
     async def _serve(self, client: Client, subject: str, answer: Answer) -> None:
         def on_request(message: Msg) -> None:
             self._spawn(self._answer(message, answer))
@@ -258,6 +265,20 @@ class Bus:
         self._kick()
         await waiter
 
+    async def prove(self) -> None:
+        """Return when the server answers now, or did PROOF_LASTS_S ago; raises Unavailable.
+
+        Before a change that others have to hear of: what is published into a connection that has died comes too late, when
+        somebody else may have made the next change.
+        """
+        if time.perf_counter() - self._proven_at > PROOF_LASTS_S:
+            await self.confirm()
+
+    def was_deaf(self) -> bool:
+        """Whether others may have asked in vain since the last call."""
+        deaf, self._was_deaf = self._was_deaf or not self.connected, False
+        return deaf
+
     def _kick(self) -> None:
         if self._outgoing or self._waiters:
             self._start_round()
@@ -299,6 +320,7 @@ class Bus:
         if current is None or message.data != b"%d" % current.number:
             return  # of an earlier connection
         self._round = None
+        self._proven_at = current.started
         self._metrics.bus_flush_seconds.observe(time.perf_counter() - current.started)
         current.settle()
         self._kick()
@@ -306,6 +328,7 @@ class Bus:
     def _on_late(self, late: Round) -> None:
         if late is self._round:
             log.warning("nats_late", limited=True, after_s=CONFIRM_TIMEOUT_S)
+            self._was_deaf = True
             late.settle(Unavailable("NATS does not answer"))
             self._fail_waiters()
 
@@ -393,6 +416,8 @@ class Bus:
         """This connection is over: who waits is refused, what was not proven goes out again on the next."""
         client, self._client = self._client, None
         self._lost.set()
+        self._was_deaf = True
+        self._proven_at = -PROOF_LASTS_S
         current, self._round = self._round, None
         if current is not None:
             self._outgoing.extendleft(reversed(current.messages))

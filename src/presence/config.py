@@ -104,7 +104,9 @@ class Settings(BaseSettings):
     ping_interval_s: Seconds = Field(30.0, description="Time between two pings to an agent.")
     pong_timeout_s: Seconds = Field(5.0, description="Time to answer a ping; less than the ping interval.")
     close_timeout_s: Seconds = Field(2.0, description="Time for the other side to answer a close frame.")
-    connect_timeout_s: Seconds = Field(5.0, description="Time to serve a connect_request; past it: unavailable.")
+    connect_timeout_s: Seconds = Field(
+        10.0, description="Time to serve a connect_request, waiting for its turn included; past it: unavailable."
+    )
     drain_timeout_s: Seconds = Field(10.0, description="Time that agents have to move away after SIGTERM.")
     reconnect_spread_s: Seconds = Field(5.0, description="Agents are told to reconnect at random within this time.")
     lease_ttl_s: Seconds = Field(15.0, description="A replica without a heartbeat for this long is swept by others.")

@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from enum import IntEnum
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from presence import protocol, reasons
@@ -92,6 +93,9 @@ class Lives:
         self._connected_count = metrics.connects.labels("success")
         self._ended_counts = {reason: metrics.closes.labels(reason) for reason in reasons.BY_TYPE}
         self._is_debug = settings.log_level == "debug"
+        self._in_phase = [0, 0, 0]  # how many are WAITING, CONNECTING, CONNECTED
+        for phase in (Phase.WAITING, Phase.CONNECTING, Phase.CONNECTED):
+            metrics.connections.labels(phase.name.lower()).set_function(partial(self._in_phase.__getitem__, phase))
         self._connects = asyncio.Semaphore(settings.max_connects_in_flight)
         self.draining = False
         self.parks = False  # a session whose socket closes in the drain waits for its agent to come back elsewhere
@@ -100,6 +104,7 @@ class Lives:
     # --- open: the upgrade is done, ten seconds to say who it is
 
     def on_open(self, agent: Agent) -> None:
+        self._in_phase[Phase.WAITING] += 1
         agent.set_alarm(self._settings.auth_timeout_s * 1000)
 
     def on_message(self, agent: Agent, data: bytes, opcode: int) -> None:
@@ -117,7 +122,7 @@ class Lives:
             if self.draining:
                 self.end(agent, reasons.TERMINATED)
                 return
-            agent.phase = Phase.CONNECTING
+            self._enter_phase(agent, Phase.CONNECTING)
             agent.set_alarm(self._settings.connect_timeout_s * 1000)
             self._steps.spawn(self._connect(agent, request))
         elif isinstance(request, protocol.Refresh) and agent.phase is Phase.CONNECTED:
@@ -127,6 +132,11 @@ class Lives:
             self._steps.spawn(self._refresh(agent, request))
         else:
             raise SessionError(reasons.UNSUPPORTED_REQUEST, "This request is not expected now")
+
+    def _enter_phase(self, agent: Agent, phase: Phase) -> None:
+        self._in_phase[agent.phase] -= 1
+        self._in_phase[phase] += 1
+        agent.phase = phase
 
     # --- connect: authenticate → row → subscription → enter → success
 
@@ -167,7 +177,7 @@ class Lives:
         if not agent.send(encode_frame(OPCODE_TEXT, success)):
             return False
         agent.session_id = session_id
-        agent.phase = Phase.CONNECTED
+        self._enter_phase(agent, Phase.CONNECTED)
         agent.join(room)
         agent.start_heartbeat()
         self._watch_expiry(agent)
@@ -252,6 +262,7 @@ class Lives:
         phase, agent.phase = agent.phase, Phase.ENDED
         if phase is Phase.ENDED:
             return
+        self._in_phase[phase] -= 1
         self._ended_counts[reason.type].inc()
         if reason.announced and agent.told and reason in (reasons.TERMINATED, reasons.REPLACED):
             agent.close(reasons.TERMINATED.close_code)  # it knows that this connection ends, and why

@@ -58,6 +58,7 @@ class Metrics:
         self._add_replicas()
 
     def _add_agents(self) -> None:
+        self.connections = self._gauge("connections", "Sockets that are not closing, by state", "state")
         self.connects = self._counter("connects", "Connect requests by outcome: success or a reason", "outcome")
         self.closes = self._counter("closes", "Connections that ended, by reason", "reason")
         self.upgrades = self._counter("upgrades", "WebSocket upgrade requests, by HTTP status", "status")

@@ -33,7 +33,7 @@ SWEEP_JITTER_S: Final = 0.1
 RETRY_S: Final = 0.25
 RECONCILE_INTERVAL_S: Final = 60.0
 
-Release = Callable[[UUID, str, int], Awaitable[None]]
+Release = Callable[[UUID, str, int], Awaitable[bool]]
 
 
 def release_subject(replica_id: UUID) -> str:
@@ -46,33 +46,42 @@ class Owners:
     def __init__(self, bus: Bus, metrics: Metrics) -> None:
         self._bus = bus
         self._metrics = metrics
+        self._subject = ""
 
-    async def ask(self, owner: UUID, sessions: Sequence[Elsewhere]) -> None:
-        """Return when the owner has closed their sockets, or when it has had OWNER_TIMEOUT_S to do so."""
+    async def ask(self, owner: UUID, sessions: Sequence[Elsewhere]) -> Sequence[int]:
+        """Return when the owner has closed their sockets, or when it has had OWNER_TIMEOUT_S to do so.
+
+        The answer: which of the sessions nobody has been told of.
+        """
+        untold: Sequence[int] = ()
         payload = orjson.dumps([[each.session_id, str(each.classroom_id), each.agent_id] for each in sessions])
         try:
-            await self._bus.request(release_subject(owner), payload, OWNER_TIMEOUT_S)
+            untold = orjson.loads(await self._bus.request(release_subject(owner), payload, OWNER_TIMEOUT_S))
             outcome = "answered"
         except Unavailable:
             outcome = "silent"
         self._metrics.owners_asked.labels(outcome).inc(len(sessions))
+        return untold
 
     async def serve(self, replica_id: UUID, release: Release) -> None:
-        """Answer what other replicas ask of this one."""
+        """Answer what other replicas ask of this one; raises Unavailable when they cannot."""
 
         async def answer(payload: bytes) -> bytes:
             wanted = orjson.loads(payload)
-            await asyncio.gather(*(release(UUID(room), agent_id, number) for number, room, agent_id in wanted))
-            return b"ok"
+            told = await asyncio.gather(*(release(UUID(room), agent_id, number) for number, room, agent_id in wanted))
+            return orjson.dumps([number for (number, _, _), was_told in zip(wanted, told, strict=True) if not was_told])
 
-        await self._bus.serve(release_subject(replica_id), answer)
+        self._bus.stop_serving(self._subject)
+        self._subject = release_subject(replica_id)
+        await self._bus.serve(self._subject, answer)
+        await self._bus.confirm()
 
 
 class Lease:
     """Renews the lease, finds out when it was lost, and sweeps those of others.
 
     `come_back(replica_id)` brings the live agents of a swept replica back under a new identity; `reconcile()` compares the
-    rows with the agents, after a time in which others may have asked in vain.
+    rows with the agents, after a time in which others may have asked in vain: `was_deaf()` says whether there was one.
     """
 
     def __init__(
@@ -83,6 +92,7 @@ class Lease:
         *,
         come_back: Callable[[UUID], Awaitable[None]],
         reconcile: Callable[[], Awaitable[None]],
+        was_deaf: Callable[[], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ttl_s = settings.lease_ttl_s
@@ -91,6 +101,8 @@ class Lease:
         self._metrics = metrics
         self._come_back = come_back
         self._reconcile = reconcile
+        self._was_deaf = was_deaf
+        self._must_reconcile = False
         self._clock = clock
         self._renewed_at = clock()
         self._steady_since: float | None = self._renewed_at  # renewed without a break since then
@@ -130,18 +142,19 @@ class Lease:
         except SessionError:
             self._steady_since = None
             raise
+        self._must_reconcile |= self._was_deaf() or stood_still or started - self._reconciled_at > RECONCILE_INTERVAL_S
+        if stood_still:
+            log.warning("lease_late", stood_still_s=round(started - self._renewed_at, 3))
+            self._steady_since = None
         if not renewed:
             replica_id = uuid4()
             log.error("lease_lost", stood_still_s=round(started - self._renewed_at, 3), replica_id=str(replica_id))
             self._metrics.leases_lost.inc()
             await self._come_back(replica_id)
-        elif stood_still:
-            log.warning("lease_late", stood_still_s=round(started - self._renewed_at, 3))
-            self._steady_since = None
-            await self._reconcile()
-        elif started - self._reconciled_at > RECONCILE_INTERVAL_S:
+        elif self._must_reconcile:
             self._reconciled_at = started
             await self._reconcile()
+            self._must_reconcile = False
         self._renewed_at = started
         self._steady_since = started if self._steady_since is None else self._steady_since
 

@@ -122,6 +122,7 @@ class Sessions:
             raise Unavailable  # at once: its turn may be a close that waits for the same outage to end
         await self._turns.take(key)
         try:
+            await self._bus.prove()  # a row whose enter cannot be told would go to another replica in silence
             if not agent.is_open:
                 raise Gone
             predecessor = self._fanout.agent_in(agent.classroom_id, agent.agent_id)
@@ -153,7 +154,9 @@ class Sessions:
                 self._forget(predecessor)
             reason = error.reason if isinstance(error, SessionError) else reasons.INTERNAL_ERROR
             # Not awaited: the agent is told now. Should it come again at once, its new row waits for this close.
-            self._store.close_later(session.session_id, reason.type, datetime.now(UTC))
+            is_secret = session.session_id in self._unannounced
+            self._unannounced.discard(session.session_id)
+            self._store.close_later(session.session_id, reason.type, datetime.now(UTC), is_secret=is_secret)
             raise
 
     async def _enter(
@@ -187,16 +190,21 @@ class Sessions:
 
     # --- the same agent elsewhere
 
-    async def release(self, classroom_id: UUID, agent_id: str, session_id: int) -> None:
-        """Another replica wants this session: its connection here ends, its row is theirs to move. Silent to the others."""
+    async def release(self, classroom_id: UUID, agent_id: str, session_id: int) -> bool:
+        """Another replica wants this session: its connection here ends, its row is theirs to move. Silent to the others.
+
+        Returns whether the others were told that it opened: of a row that an attempt left behind they were not.
+        """
         key = classroom_id, agent_id
         await self._turns.take(key)
         try:
-            self._parked.pop(session_id, None)
+            was_parked = self._parked.pop(session_id, None) is not None
             agent = self._fanout.agent_in(classroom_id, agent_id)
             if agent is not None and agent.session_id == session_id:
                 self._end(agent, reasons.REPLACED)
                 self._forget(agent)
+                return True
+            return was_parked or self._store.tells_of(session_id)
         finally:
             self._turns.give(key)
 
@@ -297,9 +305,6 @@ class Sessions:
     def on_owned(self, rows: Sequence[ClosedSession]) -> None:
         """Rows that are this replica's to close, locked and not yet moved: now the others are told."""
         for row in rows:
-            if row.session_id in self._unannounced:
-                self._unannounced.discard(row.session_id)
-                continue
             leave = protocol.encode_agent_leave(row.agent_id, row.session_id, row.ended_at)
             self._publish("agent.leave", row.classroom_id, row.agent_id, row.session_id, leave)
 

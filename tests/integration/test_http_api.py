@@ -99,6 +99,11 @@ async def test_metrics_parse_and_tell_what_happened(gateway: Running, monkeypatc
 
     families = await metrics_of(gateway)
     assert samples(families["presence_connections_open"])[("",)] == 1
+    assert {state: count for (_, state), count in samples(families["presence_connections"]).items()} == {
+        "waiting": 0,
+        "connecting": 0,
+        "connected": 1,
+    }
     assert samples(families["presence_connections_closing"])[("",)] == 0
     connects, closes = samples(families["presence_connects"]), samples(families["presence_closes"])
     assert (connects["_total", "success"], connects["_total", "access_denied"]) == (2, 1)

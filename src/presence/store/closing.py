@@ -3,16 +3,17 @@
 Owns the closes that wait, in bounded memory, and tries until the database has taken them. Knows nothing of who is told.
 
 One transaction per batch: rows that this replica still owns are moved (and locked), then `on_owned` is told of them,
-then COMMIT. Nobody can see a row in history whose leave has not been published. When the COMMIT fails the batch is
-tried again, but `on_owned` is told once of each row; should the row by then belong to another replica, the leave was
-too much.
+and when `confirm` says that they have heard it, COMMIT. Nobody can see a row in history whose leave is not out. `prove` says
+beforehand that they can be told: while they cannot, the rows stay, and whoever comes back elsewhere takes its row over in
+silence. When the COMMIT fails the batch is tried again, but `on_owned` is told once of each row; should the row by then
+belong to another replica, the leave was too much.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -45,6 +46,10 @@ class ClosedSession:
 
 
 OnOwned = Callable[[Sequence[ClosedSession]], None]
+# Returns when it is so, raises Unavailable when it is not.
+Proof = Callable[[], Awaitable[None]]
+
+CONFIRM_TIMEOUT_S: Final = 1.0  # rows are locked meanwhile
 
 
 class Close:
@@ -73,12 +78,23 @@ class Close:
         self.followers: list[Callable[[], None]] | None = None
 
 
+async def within_proof(proof: Proof) -> None:
+    """Raises TryAgain when it does not come in CONFIRM_TIMEOUT_S."""
+    try:
+        async with asyncio.timeout(CONFIRM_TIMEOUT_S):
+            await proof()
+    except (Unavailable, TimeoutError) as error:
+        raise TryAgain("The others cannot be told") from error
+
+
 class Closings:
     def __init__(
         self,
         database: Database,
         owner: Owner,
         on_owned: OnOwned,
+        prove: Proof,
+        confirm: Proof,
         metrics: Metrics,
         *,
         max_waiting: int,
@@ -86,6 +102,8 @@ class Closings:
         self._database = database
         self._owner = owner
         self._on_owned = on_owned
+        self._prove = prove
+        self._confirm = confirm
         self._metrics = metrics
         metrics.store_queued_closes.set_function(lambda: len(self._waiting))
         self._max_waiting = max_waiting
@@ -133,6 +151,11 @@ class Closings:
     def is_waiting(self, session_id: int) -> bool:
         return session_id in self._waiting
 
+    def is_secret(self, session_id: int) -> bool:
+        """Whether it is being closed and nobody was told that it opened."""
+        close = self._waiting.get(session_id)
+        return close is not None and close.is_secret
+
     def call_after(self, session_id: int, follower: Callable[[], None]) -> bool:
         """Call it when the close of this session is done with; False, and no call, when none is queued."""
         close = self._waiting.get(session_id)
@@ -172,12 +195,19 @@ class Closings:
                     if isinstance(error, Away):
                         self._database.report_away(error)
 
-            await run_in_parts(left, run, BadRow, self._fail)
+            # Secret ones wait for nobody.
+            for part in ([c for c in left if c.is_secret], [c for c in left if not c.is_secret]):
+                await run_in_parts(part, run, BadRow, self._fail)
             left = put_off
             if left:
                 await asyncio.sleep(next(delays))
 
     async def _close_part(self, part: list[Close]) -> None:
+        if not part:
+            return
+        is_secret = part[0].is_secret
+        if not is_secret:
+            await within_proof(self._prove)
         started = time.perf_counter()
         ids, ends, whys = [c.key for c in part], [c.ended_at for c in part], [c.reason for c in part]
         async with self._lane.session() as connection:
@@ -188,6 +218,8 @@ class Closings:
                 # The COMMIT of an earlier attempt may have succeeded after all.
                 moved.update(row[0] for row in await connection.fetch(sql.FIND_MOVED, ids, ends, whys))
             self._tell(part, rows)
+            if rows and not is_secret:
+                await within_proof(self._confirm)
             status = await connection.execute("COMMIT")
             if status != "COMMIT":
                 raise TryAgain(status)

@@ -61,14 +61,15 @@ class Elsewhere:
     agent_id: str
 
 
-# Asks a replica to let go of sessions; returns when it has, or when it has been given long enough.
-AskOwner = Callable[[UUID, Sequence[Elsewhere]], Awaitable[None]]
+# Asks a replica to let go of sessions; returns when it has, or when it has been given long enough: the ids of those that
+# nobody was told of, as far as it knows.
+AskOwner = Callable[[UUID, Sequence[Elsewhere]], Awaitable[Sequence[int]]]
 
 
 class Request:
     """One agent that wants its session. `only_new`: it does not want it if somebody else has it by now."""
 
-    __slots__ = ("answer", "key", "may_have_made", "only_new", "rounds", "started_at", "wanted_id")
+    __slots__ = ("answer", "key", "may_have_made", "only_new", "rounds", "started_at", "wanted_id", "was_told")
 
     def __init__(
         self, key: Key, started_at: datetime, answer: asyncio.Future[OpenedSession | None], only_new: bool
@@ -79,6 +80,7 @@ class Request:
         self.only_new = only_new
         # The session elsewhere whose owner was asked to let go of it.
         self.wanted_id = 0
+        self.was_told = True  # the others know of that session, unless its owner says otherwise
         # The outcome to report should a row with our `started_at` be found: an attempt ended without an answer.
         self.may_have_made: Outcome | None = None
         self.rounds = 0
@@ -200,7 +202,7 @@ class Openings:
             elif request.only_new:
                 self._settle(request, None)
             else:
-                request.wanted_id = row[0]
+                request.wanted_id, request.was_told = row[0], True
                 elsewhere[row[4]].append((request, Elsewhere(row[0], row[1], row[2])))
         for owner, wanted in elsewhere.items():
             self._asked_for += len(wanted)
@@ -211,7 +213,9 @@ class Openings:
     async def _ask(self, owner: UUID, wanted: list[tuple[Request, Elsewhere]]) -> None:
         """A dead owner delays its own sessions only, and these by no more than it is given to answer."""
         try:
-            await self._ask_owner(owner, [session for _, session in wanted])
+            untold = await self._ask_owner(owner, [session for _, session in wanted])
+            for request, session in wanted:
+                request.was_told = session.session_id not in untold
         except Exception as error:
             log.error("ask_owner_failed", limited=True, error=repr(error), exc_info=error)
         finally:
@@ -234,7 +238,8 @@ class Openings:
             if row is None:
                 self._go_round(request)
             else:
-                self._settle(request, OpenedSession(row[0], row[3], "taken_over"))
+                # A session that nobody knows of is not taken over in silence: it is as new.
+                self._settle(request, OpenedSession(row[0], row[3], "taken_over" if request.was_told else "created"))
 
     def _settle_own(self, request: Request, session_id: int, started_at: datetime) -> None:
         """The row found is this replica's already."""

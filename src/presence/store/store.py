@@ -19,7 +19,7 @@ from presence.log import get
 from presence.metrics import Metrics
 from presence.reasons import REPLICA_LOST
 from presence.store import sql
-from presence.store.closing import ClosedSession, Closings, OnOwned
+from presence.store.closing import ClosedSession, Closings, OnOwned, Proof, within_proof
 from presence.store.database import Away, BadRow, Database, Lane, TryAgain
 from presence.store.opening import AskOwner, OpenedSession, Openings
 from presence.store.owner import Owner
@@ -32,6 +32,10 @@ MAX_LISTED: Final = 1_000
 CLOSE_FLUSH_TIMEOUT_S: Final = 2.0
 SWEEP_TIMEOUT_S: Final = 10.0
 TOLD_PER_TURN: Final = 100
+
+
+async def at_once() -> None:
+    """The proof of those who have nobody to tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +62,21 @@ class Store:
         owner: Owner,
         on_owned: OnOwned,
         ask_owner: AskOwner,
+        prove: Proof,
+        confirm: Proof,
         metrics: Metrics,
         max_queued_closes: int,
     ) -> None:
         self._database = database
         self._owner = owner
         self._on_owned = on_owned
+        self._prove = prove
+        self._confirm = confirm
         metrics.store_healthy.set_function(lambda: float(database.is_healthy))
         self._lease_lane = database.lane()
         self._read_lane = database.lane()
         self._sweep_lane = database.lane()
-        self._closings = Closings(database, owner, on_owned, metrics, max_waiting=max_queued_closes)
+        self._closings = Closings(database, owner, on_owned, prove, confirm, metrics, max_waiting=max_queued_closes)
         self._openings = Openings(
             database, owner, self._closings, metrics, ask_owner=ask_owner, max_waiting=MAX_QUEUED_OPENS
         )
@@ -83,6 +91,8 @@ class Store:
         on_owned: OnOwned,
         ask_owner: AskOwner,
         metrics: Metrics,
+        prove: Proof = at_once,
+        confirm: Proof = at_once,
         max_queued_closes: int = MAX_QUEUED_CLOSES,
     ) -> Self:
         """Connect and register the replica; raises StartError.
@@ -90,13 +100,14 @@ class Store:
         `ask_owner` asks another replica to let go of sessions before they are taken over from it.
 
         `on_owned` is told of sessions that are being closed, before anybody can see them in history: it publishes the
-        leaves, must not block, and is called once for each row.
+        leaves, must not block, and is called once for each row. `prove` returns when the others can be told, `confirm` when
+        they have been.
         """
         try:
             database = Database(dsn, f"presence {label}"[:63])
         except ValueError as error:
             raise StartError(f"database-url: {error}") from error
-        store = cls(database, Owner(replica_id, label), on_owned, ask_owner, metrics, max_queued_closes)
+        store = cls(database, Owner(replica_id, label), on_owned, ask_owner, prove, confirm, metrics, max_queued_closes)
         try:
             await store._lease_lane.fetch(sql.REGISTER_REPLICA, replica_id, label)
         except (Away, TryAgain, BadRow, asyncpg.PostgresError) as error:
@@ -135,9 +146,9 @@ class Store:
         """Move the row to history; True if this replica owned it. Waits through outages; goes on if cancelled."""
         return await self._closings.close_session(session_id, reason, ended_at)
 
-    def close_later(self, session_id: int, reason: str, ended_at: datetime) -> None:
-        """The same, for those who need no answer."""
-        self._closings.add(session_id, reason, ended_at)
+    def close_later(self, session_id: int, reason: str, ended_at: datetime, *, is_secret: bool = False) -> None:
+        """The same, for those who need no answer. `is_secret`: nobody was told of it, nobody is told that it ends."""
+        self._closings.add(session_id, reason, ended_at, is_secret=is_secret)
 
     async def get_session(self, classroom_id: UUID, agent_id: str) -> SessionRow | None:
         rows = await self._read(self._read_lane, sql.GET_SESSION, classroom_id, agent_id)
@@ -183,6 +194,7 @@ class Store:
         The others are told before the COMMIT, as for every close: a sweep that fails half way is done again by somebody.
         """
         try:
+            await within_proof(self._prove)
             async with self._sweep_lane.session() as connection:
                 await connection.execute(sql.BEGIN_SWEEP)
                 rows = await connection.fetch(
@@ -191,11 +203,13 @@ class Store:
                 for start in range(0, len(rows), TOLD_PER_TURN):
                     self._on_owned([_swept(row) for row in rows[start : start + TOLD_PER_TURN] if row[0] is not None])
                     await asyncio.sleep(0)  # thousands of leaves must not make a ping late
+                if rows:
+                    await within_proof(self._confirm)
                 await connection.execute("COMMIT")
         except (Away, TryAgain) as error:
             if isinstance(error, Away):
                 self._database.report_away(error)
-            raise Unavailable("The database is away") from error
+            raise Unavailable("Nothing can be swept now") from error
         return (rows[0][5], len(rows) - 1) if rows else None
 
     async def owned(self, after_id: int = 0, limit: int = MAX_LISTED) -> list[SessionRow]:
@@ -206,6 +220,10 @@ class Store:
     def is_closing(self, session_id: int) -> bool:
         """Whether a close of this session waits to be written."""
         return self._closings.is_waiting(session_id)
+
+    def tells_of(self, session_id: int) -> bool:
+        """Whether a close waits that the others will hear of, as they heard of the opening."""
+        return self._closings.is_waiting(session_id) and not self._closings.is_secret(session_id)
 
     async def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until all that was queued is written; False if that took longer than `timeout_s`."""
