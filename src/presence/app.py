@@ -12,7 +12,6 @@ import signal
 import uuid
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from functools import partial
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
@@ -83,13 +82,13 @@ class App:
             metrics=metrics,
         )
         stack.push_async_callback(self.bus.close)
-        owners = Owners(self.bus, metrics)
+        self.owners = Owners(self.bus, metrics)
         self.store = await Store.open(
             settings.database_url,
             self.replica_id,
             settings.replica_label,
             on_owned=lambda rows: self.sessions.on_owned(rows),  # noqa: PLW0108 - made after the store
-            ask_owner=owners.ask,
+            ask_owner=self.owners.ask,
             prove=self.bus.prove,
             confirm=self.bus.confirm,
             metrics=metrics,
@@ -101,12 +100,12 @@ class App:
         self.lives = Lives(
             settings, authenticator, authorizer, self.sessions, self.fanout, metrics, self.steps, random=random.random
         )
-        await owners.serve(self.replica_id, self.sessions.release)
+        await self.owners.serve(self.replica_id, self.sessions.release, self.sessions.remove)
         self.lease = Lease(
             settings,
             self.store,
             metrics,
-            come_back=partial(self._come_back, owners),
+            come_back=self._come_back,
             reconcile=self.sessions.reconcile,
             was_deaf=self.bus.was_deaf,
         )
@@ -116,7 +115,7 @@ class App:
         self.gateway = Gateway(settings, self.hub, metrics)
         await self.gateway.open()
         stack.push_async_callback(self.gateway.close)
-        self.http_api = HttpApi(settings, self.store, self.fanout, self.lives, metrics, ready=self.is_ready)
+        self.http_api = HttpApi(settings, self.store, self.sessions, self.owners, metrics, ready=self.is_ready)
         await self.http_api.open()
         stack.push_async_callback(self.http_api.close)
         self.started = True
@@ -142,9 +141,9 @@ class App:
         self.fanout.use(self.hub)
         self.metrics.register_hub(self.hub.stats)
 
-    async def _come_back(self, owners: Owners, replica_id: UUID) -> None:
+    async def _come_back(self, replica_id: UUID) -> None:
         """Swept: go on as somebody else, who owns nothing yet."""
-        await owners.serve(replica_id, self.sessions.release)
+        await self.owners.serve(replica_id, self.sessions.release, self.sessions.remove)
         await self.store.begin_anew(replica_id)
         self.replica_id = replica_id
         await self.sessions.come_back()

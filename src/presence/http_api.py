@@ -30,14 +30,14 @@ from fastapi.security.utils import get_authorization_scheme_param
 from pydantic import BaseModel, Field
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from presence import reasons
 from presence.errors import SessionError, StartError
+from presence.store import Elsewhere
 
 if TYPE_CHECKING:
     from presence.config import Settings
-    from presence.connection import Lives
-    from presence.fanout import Fanout
     from presence.metrics import Metrics
+    from presence.replicas import Owners
+    from presence.sessions import Sessions
     from presence.store import Store
 
 AGENTS_PER_PAGE: Final = 1_000
@@ -77,8 +77,8 @@ class HttpApi:
         self,
         settings: Settings,
         store: Store,
-        fanout: Fanout,
-        lives: Lives,
+        sessions: Sessions,
+        owners: Owners,
         metrics: Metrics,
         *,
         ready: Callable[[], bool],
@@ -86,8 +86,8 @@ class HttpApi:
     ) -> None:
         self._settings = settings
         self._store = store
-        self._fanout = fanout
-        self._lives = lives
+        self._sessions = sessions
+        self._owners = owners
         self._metrics = metrics
         self._ready = ready
         self._clock = clock
@@ -189,11 +189,13 @@ class HttpApi:
         return Json({str(classroom_id): counts.get(classroom_id, 0) for classroom_id in request.classroom_ids})
 
     async def remove(self, classroom_id: UUID, agent_id: str) -> Response:
-        """End an agent's session here; 404 when this replica does not have it."""
-        agent = self._fanout.agent_in(classroom_id, agent_id)
-        if agent is None:
-            raise HTTPException(404, "no such agent on this replica")
-        self._lives.end(agent, reasons.REMOVED)
+        """End an agent's session, on whichever replica it is."""
+        if not self._sessions.remove(classroom_id, agent_id):
+            async with self._queries:
+                row = await self._store.get_session(classroom_id, agent_id)
+            session = None if row is None else Elsewhere(row.session_id, row.classroom_id, row.agent_id)
+            if row is None or session is None or not await self._owners.remove(row.replica_id, session):
+                raise HTTPException(404, "no such agent")
         return Response(status_code=204)
 
     def _guarded_route(self) -> type[APIRoute]:

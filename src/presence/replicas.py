@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 from uuid import UUID, uuid4
 
 import orjson
@@ -36,17 +36,22 @@ RECONCILE_INTERVAL_S: Final = 60.0
 Release = Callable[[UUID, str, int], Awaitable[bool]]
 
 
-def release_subject(replica_id: UUID) -> str:
-    return f"presence.replica.{replica_id}.release"
+Remove = Callable[[UUID, str, int], bool]
+YES: Final = b"yes"
+NO: Final = b"no"
+
+
+def subject_of(replica_id: UUID, request: Literal["release", "remove"]) -> str:
+    return f"presence.replica.{replica_id}.{request}"
 
 
 class Owners:
-    """Asks replicas to let go of sessions, and lets go when asked."""
+    """Asks replicas to let go of sessions or to end them, and does so when asked."""
 
     def __init__(self, bus: Bus, metrics: Metrics) -> None:
         self._bus = bus
         self._metrics = metrics
-        self._subject = ""
+        self._subjects: list[str] = []
 
     async def ask(self, owner: UUID, sessions: Sequence[Elsewhere]) -> Sequence[int]:
         """Return when the owner has closed their sockets, or when it has had OWNER_TIMEOUT_S to do so.
@@ -56,24 +61,35 @@ class Owners:
         untold: Sequence[int] = ()
         payload = orjson.dumps([[each.session_id, str(each.classroom_id), each.agent_id] for each in sessions])
         try:
-            untold = orjson.loads(await self._bus.request(release_subject(owner), payload, OWNER_TIMEOUT_S))
+            untold = orjson.loads(await self._bus.request(subject_of(owner, "release"), payload, OWNER_TIMEOUT_S))
             outcome = "answered"
         except Unavailable:
             outcome = "silent"
         self._metrics.owners_asked.labels(outcome).inc(len(sessions))
         return untold
 
-    async def serve(self, replica_id: UUID, release: Release) -> None:
+    async def remove(self, owner: UUID, session: Elsewhere) -> bool:
+        """Have the owner end a session that an operator wants removed; raises Unavailable when it does not answer."""
+        payload = orjson.dumps([session.session_id, str(session.classroom_id), session.agent_id])
+        return await self._bus.request(subject_of(owner, "remove"), payload, OWNER_TIMEOUT_S) == YES
+
+    async def serve(self, replica_id: UUID, release: Release, remove: Remove) -> None:
         """Answer what other replicas ask of this one; raises Unavailable when they cannot."""
 
-        async def answer(payload: bytes) -> bytes:
+        async def on_release(payload: bytes) -> bytes:
             wanted = orjson.loads(payload)
             told = await asyncio.gather(*(release(UUID(room), agent_id, number) for number, room, agent_id in wanted))
             return orjson.dumps([number for (number, _, _), was_told in zip(wanted, told, strict=True) if not was_told])
 
-        self._bus.stop_serving(self._subject)
-        self._subject = release_subject(replica_id)
-        await self._bus.serve(self._subject, answer)
+        async def on_remove(payload: bytes) -> bytes:
+            number, room, agent_id = orjson.loads(payload)
+            return YES if remove(UUID(room), agent_id, number) else NO
+
+        for subject in self._subjects:
+            self._bus.stop_serving(subject)
+        self._subjects = [subject_of(replica_id, "release"), subject_of(replica_id, "remove")]
+        await self._bus.serve(self._subjects[0], on_release)
+        await self._bus.serve(self._subjects[1], on_remove)
         await self._bus.confirm()
 
 

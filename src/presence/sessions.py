@@ -208,6 +208,14 @@ class Sessions:
         finally:
             self._turns.give(key)
 
+    def remove(self, classroom_id: UUID, agent_id: str, session_id: int | None = None) -> bool:
+        """End an agent's session for an operator; False when it is not here."""
+        agent = self._fanout.agent_in(classroom_id, agent_id)
+        if agent is None or session_id not in (None, agent.session_id):
+            return False
+        self._end(agent, reasons.REMOVED)
+        return True
+
     async def come_back(self) -> None:
         """This replica was swept and has a new identity: its live agents get new sessions, as they never left."""
         agents = list(self._fanout.agents())

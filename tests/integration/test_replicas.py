@@ -143,6 +143,15 @@ async def test_who_does_not_come_back_has_left_when_the_drain_ends(
     assert row["ended"].timestamp() <= time.time() - (time.monotonic() - closed) + 0.1
 
 
+async def test_an_agent_is_removed_through_any_replica(one: Running, two: Running) -> None:
+    agent, success = await one.join("alice")
+    path = f"/api/v1/classrooms/{one.classroom_id}/agents/web.alice.presence"
+    assert (await two.http("DELETE", path)).status_code == 204
+    assert await agent.error() == ("removed", 4507)
+    assert await one.reason_of(success["session_id"]) == "removed"
+    assert (await two.http("DELETE", path)).status_code == 404
+
+
 def expire(gateway: Running, postgres: PostgresDatabase, database_url: str) -> None:
     postgres.psql(
         f"UPDATE replica SET heartbeat_at = now() - interval '1 hour' WHERE id = '{gateway.app.replica_id}'",
