@@ -12,11 +12,11 @@ import socket
 
 import picows
 import uvloop
-from presence_core.hub import Connection, Hub
-from presence_core.upgrade import READ_BUFFER_INIT_BYTES, Upgrade
 
 from echo_server import Echo
 from presence_core.frames import OPCODE_TEXT, encode_frame
+from presence_core.hub import Connection, Hub
+from presence_core.upgrade import READ_BUFFER_INIT_BYTES, Upgrade
 
 FRAME = encode_frame(OPCODE_TEXT, b"x" * 190)
 

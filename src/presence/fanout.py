@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
-from presence_core.hub import Hub, Room, now_ns
-
 from presence import protocol
 from presence.log import get
 from presence_core.frames import OPCODE_TEXT, encode_frame
+from presence_core.hub import Hub, Room, now_ns
 
 if TYPE_CHECKING:
     from presence.connection import Agent

@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from presence_core.hub import Connection, Hub, Room
-
 from presence_core.frames import OPCODE_BINARY, OPCODE_CLOSE, OPCODE_PING, OPCODE_PONG, OPCODE_TEXT
+from presence_core.hub import Connection, Hub, Room
 
 __all__ = [
     "OPCODE_BINARY",

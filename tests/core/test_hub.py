@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Iterator
 
 import pytest
-from presence_core.hub import Connection, Hub
 
 from peers import (
     OPCODE_BINARY,
@@ -25,6 +24,7 @@ from peers import (
     turn_until,
 )
 from presence_core.frames import encode_frame
+from presence_core.hub import Connection, Hub
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import select
 from collections.abc import Callable, Iterator
 
 import pytest
-from presence_core.hub import Connection, Hub, Room
 
 from peers import OPCODE_CLOSE, OPCODE_TEXT, Handler, Peer, masked, new_hub, turn_until
 from presence_core.frames import encode_frame
+from presence_core.hub import Connection, Hub, Room
 
 MEMBERS_PER_TURN = 64  # of the hub: with a slice of next to nothing, a turn serves just that many
 
