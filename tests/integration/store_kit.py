@@ -40,8 +40,9 @@ async def replica_of(url: str, *, max_queued_closes: int = 1000) -> AsyncIterato
 
     asked: list[tuple[uuid.UUID, list[int]]] = []
 
-    async def ask_owner(owner: uuid.UUID, sessions: Sequence[Elsewhere]) -> None:
+    async def ask_owner(owner: uuid.UUID, sessions: Sequence[Elsewhere]) -> Sequence[int]:
         asked.append((owner, [session.session_id for session in sessions]))
+        return ()
 
     store = await Store.open(
         url,
@@ -58,8 +59,9 @@ async def replica_of(url: str, *, max_queued_closes: int = 1000) -> AsyncIterato
         await store.close(timeout_s=0.5)
 
 
-async def ask_nobody(owner: uuid.UUID, sessions: Sequence[Elsewhere]) -> None:
+async def ask_nobody(owner: uuid.UUID, sessions: Sequence[Elsewhere]) -> Sequence[int]:
     """For stores without neighbours."""
+    return ()
 
 
 NewReplica = Callable[[], Awaitable[Replica]]
