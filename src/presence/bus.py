@@ -38,7 +38,7 @@ log = get("bus")
 OnMessage = Callable[[str, bytes, Mapping[str, str] | None], None]
 OnGap = Callable[[], None]
 Answer = Callable[[bytes], Awaitable[bytes]]
-Outgoing = tuple[str, bytes, dict[str, str]]
+Outgoing = tuple[str, bytes, dict[str, str], bool]
 
 CONNECT_TIMEOUT_S: Final = 3.0
 CONFIRM_TIMEOUT_S: Final = 3.0
@@ -247,13 +247,18 @@ class Bus:
 
     # --- publishing
 
-    def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
-        """Send it behind all that was published before; kept while NATS is away. Never blocks."""
+    def publish(self, subject: str, payload: bytes, headers: dict[str, str], *, is_kept: bool = True) -> None:
+        """Send it behind all that was published before. Never blocks.
+
+        It is kept while NATS is away, unless it is said not to: then it goes with the connection, and `confirm` tells.
+        """
+        if self._client is None and not is_kept:
+            return
         if len(self._outgoing) >= MAX_OUTGOING:
             self._outgoing.popleft()
             self._metrics.bus_dropped.inc()
             log.error("publish_dropped", limited=True, waiting=len(self._outgoing))
-        self._outgoing.append((subject, payload, headers))
+        self._outgoing.append((subject, payload, headers, is_kept))
         self._kick()
 
     async def confirm(self) -> None:
@@ -276,7 +281,7 @@ class Bus:
 
     def was_deaf(self) -> bool:
         """Whether others may have asked in vain since the last call."""
-        deaf, self._was_deaf = self._was_deaf or not self.connected, False
+        deaf, self._was_deaf = self._was_deaf or not self.connected, not self.connected
         return deaf
 
     def _kick(self) -> None:
@@ -296,9 +301,11 @@ class Bus:
         try:
             # As many as there are now: the rest may come as fast as they are sent.
             for _ in range(len(self._outgoing)):
+                if current is not self._round:
+                    return  # the connection is over: what is left goes out on the next
                 message = self._outgoing.popleft()
                 current.messages.append(message)
-                await self._send_one(client, *message)
+                await self._send_one(client, *message[:3])
             if not self._outgoing:  # whoever came meanwhile has nothing behind the echo: it is their proof too
                 current.waiters += self._waiters
                 self._waiters = []
@@ -382,7 +389,10 @@ class Bus:
             if self._client is None:
                 await self._reconnect()
             try:
-                await asyncio.wait_for(self._lost.wait(), WATCH_INTERVAL_S)
+                async with asyncio.timeout(
+                    WATCH_INTERVAL_S
+                ):  # not wait_for: it may swallow the cancellation of `close`
+                    await self._lost.wait()
             except TimeoutError:
                 current = self._round
                 if current is None:
@@ -422,6 +432,7 @@ class Bus:
         if current is not None:
             self._outgoing.extendleft(reversed(current.messages))
             current.settle(Unavailable("NATS is away"))
+        self._outgoing = deque(message for message in self._outgoing if message[3])
         self._fail_waiters()
         if client is not None:
             if self._keeping is not None:

@@ -180,7 +180,8 @@ class Lease:
         if self._steady_since is None:
             left_s = min(self._interval_s, 1.0)
         try:
-            await asyncio.wait_for(self._store.swept.wait(), max(0.0, left_s))
+            async with asyncio.timeout(max(0.0, left_s)):  # not wait_for: it may swallow the cancellation of `close`
+                await self._store.swept.wait()
         except TimeoutError:
             return
 

@@ -198,13 +198,12 @@ class Sessions:
         key = classroom_id, agent_id
         await self._turns.take(key)
         try:
-            was_parked = self._parked.pop(session_id, None) is not None
+            self._parked.pop(session_id, None)
             agent = self._fanout.agent_in(classroom_id, agent_id)
             if agent is not None and agent.session_id == session_id:
                 self._end(agent, reasons.REPLACED)
                 self._forget(agent)
-                return True
-            return was_parked or self._store.tells_of(session_id)
+            return session_id not in self._unannounced and not self._store.is_untold(classroom_id, agent_id, session_id)
         finally:
             self._turns.give(key)
 
@@ -314,9 +313,12 @@ class Sessions:
         """Rows that are this replica's to close, locked and not yet moved: now the others are told."""
         for row in rows:
             leave = protocol.encode_agent_leave(row.agent_id, row.session_id, row.ended_at)
-            self._publish("agent.leave", row.classroom_id, row.agent_id, row.session_id, leave)
+            # Not sent again by the bus: the close is tried again, and by then the row may be another replica's.
+            self._publish("agent.leave", row.classroom_id, row.agent_id, row.session_id, leave, is_kept=False)
 
-    def _publish(self, kind: str, classroom_id: UUID, agent_id: str, session_id: int, payload: bytes) -> None:
+    def _publish(
+        self, kind: str, classroom_id: UUID, agent_id: str, session_id: int, payload: bytes, *, is_kept: bool = True
+    ) -> None:
         headers = {"Sender-Agent-Id": agent_id, "Nats-Msg-Id": f"{session_id}.{kind}"}
-        self._bus.publish(f"{self._subject_prefix}.{classroom_id}.agent", payload, headers)
+        self._bus.publish(f"{self._subject_prefix}.{classroom_id}.agent", payload, headers, is_kept=is_kept)
         self._metrics.events_out.labels(kind).inc()

@@ -219,7 +219,7 @@ class Closings:
                 moved.update(row[0] for row in await connection.fetch(sql.FIND_MOVED, ids, ends, whys))
             self._tell(part, rows)
             if rows and not is_secret:
-                await within_proof(self._confirm)
+                await self._confirm_told(part)
             status = await connection.execute("COMMIT")
             if status != "COMMIT":
                 raise TryAgain(status)
@@ -227,6 +227,14 @@ class Closings:
         self._metrics.store_batch_seconds.labels("close").observe(time.perf_counter() - started)
         for close in part:
             self._settle(close, close.key in moved)
+
+    async def _confirm_told(self, part: list[Close]) -> None:
+        try:
+            await within_proof(self._confirm)
+        except TryAgain:
+            for close in part:  # what was told may not have left: it is told again, if the row is still ours then
+                close.was_told = False
+            raise
 
     def _tell(self, part: list[Close], rows: list[asyncpg.Record]) -> None:
         by_id = {close.key: close for close in part}

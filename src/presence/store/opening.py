@@ -132,6 +132,10 @@ class Openings:
         """Return when no row of an attempt without an answer is looked for any more."""
         await self._searches.idle()
 
+    def has_left_behind(self, key: Key) -> bool:
+        """Whether a row of an attempt without an answer is looked for."""
+        return any(left_key == key for left_key, _ in self._left_behind)
+
     async def open(self, agent_id: str, classroom_id: UUID, *, only_new: bool = False) -> OpenedSession | None:
         """Raises Unavailable when it cannot be done now. A cancelled caller leaves no row behind.
 

@@ -221,9 +221,9 @@ class Store:
         """Whether a close of this session waits to be written."""
         return self._closings.is_waiting(session_id)
 
-    def tells_of(self, session_id: int) -> bool:
-        """Whether a close waits that the others will hear of, as they heard of the opening."""
-        return self._closings.is_waiting(session_id) and not self._closings.is_secret(session_id)
+    def is_untold(self, classroom_id: UUID, agent_id: str, session_id: int) -> bool:
+        """Whether this is the row of an attempt without an answer, which nobody was told of."""
+        return self._closings.is_secret(session_id) or self._openings.has_left_behind((classroom_id, agent_id))
 
     async def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until all that was queued is written; False if that took longer than `timeout_s`."""
