@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a real server: it loses answers, cuts connections, refuses new ones, records what was sent.
+"""A TCP proxy in front of a real server: it loses answers, cuts connections, refuses new ones, goes silent, records.
 
 Owns its listening socket and the connections through it. Knows nothing of the protocol inside.
 """
@@ -27,6 +27,8 @@ class Proxy:
         self.lost_answers = 0
         # All that clients have sent, in order, when recording.
         self.recorded: bytearray | None = None
+        self._flowing = asyncio.Event()
+        self._flowing.set()
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -39,9 +41,19 @@ class Proxy:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._server.close()
+        self.silent = False
         self.cut()
         if self._tasks:
             await asyncio.wait(self._tasks)
+
+    @property
+    def silent(self) -> bool:
+        """While true, connections stay open, new ones too, and nothing comes through; it does when this ends."""
+        return not self._flowing.is_set()
+
+    @silent.setter
+    def silent(self, silent: bool) -> None:
+        (self._flowing.clear if silent else self._flowing.set)()
 
     def cut(self) -> None:
         """Reset every connection that goes through here."""
@@ -84,16 +96,20 @@ class Proxy:
                 if self.loses_answer_to is not None and self.loses_answer_to(data):
                     self.loses_answer_to = None
                     is_losing = True
+                await self._flowing.wait()
                 server_writer.write(data)
                 await server_writer.drain()
+            await self._flowing.wait()
 
         async def down() -> None:
             while data := await server_reader.read(CHUNK_BYTES):
                 if is_losing:
                     self.lost_answers += 1
                     return
+                await self._flowing.wait()
                 writer.write(data)
                 await writer.drain()
+            await self._flowing.wait()
 
         directions = [asyncio.create_task(up()), asyncio.create_task(down())]
         try:
