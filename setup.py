@@ -28,6 +28,8 @@ MODULES = [
     "upgrade",
 ]
 
+SWARM_MODULES = ["life", "swarm"]  # the load tests' agents
+
 asan = os.environ.get("PRESENCE_ASAN") == "1"
 debug = asan or os.environ.get("PRESENCE_DEBUG") == "1"
 
@@ -66,13 +68,14 @@ if asan:
 
 extensions = [
     Extension(
-        f"presence_core.{name}",
-        [f"ext/presence_core/{name}.pyx"],
+        f"{package}.{name}",
+        [f"ext/{package}/{name}.pyx"],
         extra_compile_args=compile_args,
         extra_link_args=link_args,
     )
-    for name in MODULES
-    if os.path.exists(f"ext/presence_core/{name}.pyx")
+    for package, names in (("presence_core", MODULES), ("presence_swarm", SWARM_MODULES))
+    for name in names
+    if os.path.exists(f"ext/{package}/{name}.pyx")
 ]
 
 setup(

@@ -1,0 +1,55 @@
+"""A swarm of agents in one process, driven from one thread; `run` does not hold the interpreter's lock."""
+
+from typing import Any, Final, TypedDict
+
+from typing_extensions import disjoint_base
+
+GOOD: Final = 0  # a good client: answers pings, comes back as it is told
+MUTE: Final = 1  # answers no ping
+SILENT: Final = 2  # never sends its connect_request
+DEAF: Final = 3  # reads nothing once it is connected
+STAYING: Final = 4  # as GOOD, but after `terminated` it moves only when its connection is over
+
+class Durations(TypedDict):
+    """A histogram: pairs of bucket (see `bucket_floors`) and count; the least, the most and the sum are exact."""
+
+    count: int
+    sum_ns: int
+    least_ns: int
+    most_ns: int
+    buckets: list[list[int]]
+
+def bucket_floors() -> list[int]:
+    """The least duration of each bucket, in nanoseconds."""
+
+def now_ns() -> int:
+    """CLOCK_MONOTONIC in nanoseconds, which publishers stamp events with."""
+
+@disjoint_base
+class Swarm:
+    """Up to `capacity` agents. Its end closes all their sockets, without a close frame."""
+
+    def __new__(cls, capacity: int, seed: int = 1) -> Swarm: ...
+    def __len__(self) -> int:
+        """Agents added so far."""
+
+    def set_targets(self, ports: list[int]) -> None:
+        """The replicas' ports on 127.0.0.1 that new connects are spread over, 16 at the most; none: they wait."""
+
+    def add(self, request: bytes, at_ms: float = 0.0, group: int = 0, behaviour: int = 0) -> int:
+        """An agent that will dial `at_ms` from now and say `request`; returns its number. Costs 600 bytes and a copy."""
+
+    def run(self, duration_ms: float) -> None:
+        """Do what agents do, for that long. Raises OSError when the epoll fails."""
+
+    def leave(self, first: int = 0, count: int = 0xFFFFFFFF) -> int:
+        """Let these agents close their connections for good; returns how many had one. `run` sees it through."""
+
+    def events_of(self, index: int) -> int:
+        """Stamped events that this agent has received."""
+
+    def gauges(self) -> dict[str, int]:
+        """How many agents and links are in which state now; `errno`: of the last socket that failed."""
+
+    def take(self) -> dict[str, Any]:
+        """What was recorded since the last call: histograms (`Durations`, some a list by group), counters, closes."""

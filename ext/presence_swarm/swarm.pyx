@@ -1,0 +1,277 @@
+"""The swarm: many agents in one process, one epoll and one loop, which runs without the interpreter's lock.
+
+Owns the agents, their memory and the loop. Knows nothing of what an agent does (that is life.pyx), of tokens or of scenarios.
+"""
+
+import os
+
+from libc.errno cimport EINTR, ENOMEM, errno
+from libc.stdint cimport uint8_t, uint16_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memset
+from posix.unistd cimport close
+
+from presence_core.frames cimport OPCODE_TEXT
+from presence_core.system cimport (
+    EPOLL_CLOEXEC,
+    NS_PER_MS,
+    epoll_create1,
+    epoll_event,
+    epoll_wait,
+    monotonic_ns,
+)
+from presence_core.wheel cimport WHEEL_NEVER, wheel_entry, wheel_entry_init, wheel_init, wheel_next, wheel_pop, wheel_start
+from presence_swarm.client_frames cimport CLIENT_FRAME_HEADER_BYTES, write_client_frame
+from presence_swarm.durations cimport DURATION_BUCKETS, durations, durations_add, duration_floor
+from presence_swarm.life cimport (
+    BEHAVES,
+    FRAME_MAX_BYTES,
+    GROUPS,
+    LINK_CLOSED,
+    LINK_CONNECTED,
+    LINK_DIALLING,
+    LINK_LEAVING,
+    LINK_UPGRADING,
+    LINK_WAITING,
+    READ_BYTES,
+    REQUEST_MAX_BYTES,
+    STAYS,
+    TARGETS,
+    agent,
+    dial,
+    drop_link,
+    figures_clear,
+    leave,
+    link,
+    next_random,
+    on_link_ready,
+    swarm,
+)
+from presence_swarm.sockets cimport clock_offset_ns
+
+cdef enum:
+    EVENTS_PER_TURN = 512
+    DIALS_PER_TURN = 64  # connects are not free: sockets get their turn in between
+
+GOOD, MUTE, SILENT, DEAF, STAYING = range(5)
+
+
+cdef agent *add_agent(swarm *s, const uint8_t *request, size_t size) noexcept nogil:
+    """NULL: no memory for the request's frame."""
+    cdef agent *a = &s.agents[s.agent_count]
+    cdef int i
+    a.request = <uint8_t *> malloc(size + CLIENT_FRAME_HEADER_BYTES)
+    if a.request == NULL:
+        return NULL
+    a.request_bytes = <uint16_t> write_client_frame(a.request, OPCODE_TEXT, request, size, <unsigned int> next_random(s))
+    wheel_entry_init(&a.entry)
+    for i in range(2):
+        a.links[i].owner = a
+        a.links[i].fd = -1
+    s.in_state[LINK_CLOSED] += 2
+    s.agent_count += 1
+    return a
+
+
+cdef int wait_ms(const swarm *s, uint64_t stop_ns) noexcept nogil:
+    """Until the next dial or the end, in whole milliseconds."""
+    cdef uint64_t now_ns = monotonic_ns(), until_ns = stop_ns
+    cdef uint64_t tick = wheel_next(&s.timers)
+    if tick != WHEEL_NEVER and s.start_ns + tick * NS_PER_MS < until_ns:
+        until_ns = s.start_ns + tick * NS_PER_MS
+    return <int> ((until_ns - now_ns) // NS_PER_MS + 1) if until_ns > now_ns else 0
+
+
+cdef int turn(swarm *s, uint64_t stop_ns) noexcept nogil:
+    """Wait for something to do, and do it; an errno, or 0."""
+    cdef epoll_event[EVENTS_PER_TURN] events
+    cdef wheel_entry *entry
+    cdef uint64_t began_ns
+    cdef int _, i, count = epoll_wait(s.epoll_fd, events, EVENTS_PER_TURN, wait_ms(s, stop_ns))
+    if count < 0:
+        return 0 if errno == EINTR else errno
+    began_ns = monotonic_ns()
+    s.clock_offset_ns = clock_offset_ns()
+    for i in range(count):
+        on_link_ready(s, <link *> events[i].data.ptr, events[i].events)
+    for _ in range(DIALS_PER_TURN):
+        entry = wheel_pop(&s.timers, (began_ns - s.start_ns) // NS_PER_MS)
+        if entry == NULL:
+            break
+        dial(s, <agent *> entry)
+    durations_add(&s.now.stall, monotonic_ns() - began_ns)
+    return 0
+
+
+cdef int run_until(swarm *s, uint64_t stop_ns) noexcept nogil:
+    cdef int error = 0
+    while error == 0 and monotonic_ns() < stop_ns:
+        error = turn(s, stop_ns)
+    return error
+
+
+cdef dict read_durations(const durations *d):
+    return {
+        "count": d.count,
+        "sum_ns": d.sum_ns,
+        "least_ns": d.least_ns if d.count else 0,
+        "most_ns": d.most_ns,
+        "buckets": [[i, d.counts[i]] for i in range(DURATION_BUCKETS) if d.counts[i]],
+    }
+
+
+def bucket_floors():
+    return [duration_floor(i) for i in range(DURATION_BUCKETS)]
+
+
+def now_ns():
+    return monotonic_ns()
+
+
+cdef class Swarm:
+    cdef swarm s
+    cdef bint running
+
+    def __cinit__(self, unsigned int capacity, uint64_t seed=1):
+        if not 1 <= capacity <= 1_000_000:
+            raise ValueError("a swarm has 1 to 1,000,000 agents")
+        memset(&self.s, 0, sizeof(swarm))
+        self.s.epoll_fd = -1
+        self.s.capacity = capacity
+        self.s.random = seed * 2 + 1
+        self.s.start_ns = monotonic_ns()
+        self.s.clock_offset_ns = clock_offset_ns()
+        wheel_init(&self.s.timers, 0)
+        figures_clear(&self.s.now)
+        self.s.agents = <agent *> calloc(capacity, sizeof(agent))
+        self.s.buffer = <uint8_t *> malloc(READ_BYTES + FRAME_MAX_BYTES)
+        if self.s.agents == NULL or self.s.buffer == NULL:
+            raise MemoryError
+        self.s.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+        if self.s.epoll_fd < 0:
+            raise OSError(errno, os.strerror(errno))
+
+    def __dealloc__(self):
+        cdef unsigned int i
+        if self.s.agents != NULL:
+            for i in range(self.s.agent_count):
+                drop_link(&self.s, &self.s.agents[i].links[0])
+                drop_link(&self.s, &self.s.agents[i].links[1])
+                free(self.s.agents[i].request)
+        free(self.s.agents)
+        free(self.s.buffer)
+        if self.s.epoll_fd >= 0:
+            close(self.s.epoll_fd)
+
+    def __len__(self):
+        return self.s.agent_count
+
+    def set_targets(self, ports):
+        if len(ports) > TARGETS or not all(0 < port < 65536 for port in ports):
+            raise ValueError(f"{TARGETS} ports at the most")
+        for i, port in enumerate(ports):
+            self.s.ports[i] = port
+        self.s.targets = len(ports)
+
+    def add(self, bytes request, double at_ms=0.0, int group=0, int behaviour=BEHAVES):
+        cdef agent *a
+        cdef uint64_t tick
+        if self.s.agent_count == self.s.capacity:
+            raise ValueError("the swarm is full")
+        if len(request) > REQUEST_MAX_BYTES - CLIENT_FRAME_HEADER_BYTES or not 0 <= group < GROUPS:
+            raise ValueError("too large a request, or no such group")
+        if not BEHAVES <= behaviour <= STAYS or not 0 <= at_ms < 1e9:
+            raise ValueError("no such behaviour, or no such time")
+        a = add_agent(&self.s, <const uint8_t *> <const char *> request, len(request))
+        if a == NULL:
+            raise MemoryError
+        a.group = <uint8_t> group
+        a.behaviour = <uint8_t> behaviour
+        tick = (monotonic_ns() - self.s.start_ns) // NS_PER_MS + 1 + <uint64_t> at_ms
+        wheel_start(&self.s.timers, &a.entry, tick)
+        return self.s.agent_count - 1
+
+    def run(self, double duration_ms):
+        cdef uint64_t stop_ns
+        cdef int error
+        if self.running or not 0 <= duration_ms < 1e9:
+            raise ValueError("it runs already, or no such duration")
+        stop_ns = monotonic_ns() + <uint64_t> (duration_ms * NS_PER_MS)
+        self.running = True
+        with nogil:
+            error = run_until(&self.s, stop_ns)
+        self.running = False
+        if error:
+            raise MemoryError if error == ENOMEM else OSError(error, os.strerror(error))
+
+    def leave(self, unsigned int first=0, unsigned int count=0xFFFFFFFF):
+        cdef unsigned int i, left = 0
+        cdef agent *a
+        cdef unsigned int stop = min(<uint64_t> first + count, <uint64_t> self.s.agent_count)
+        for i in range(first, stop):
+            a = &self.s.agents[i]
+            left += a.links[a.current].state == LINK_CONNECTED
+            a.is_done = True
+            leave(&self.s, &a.links[0])
+            leave(&self.s, &a.links[1])
+        return left
+
+    def events_of(self, unsigned int index):
+        if index >= self.s.agent_count:
+            raise IndexError(index)
+        return self.s.agents[index].events
+
+    def gauges(self):
+        cdef unsigned int i
+        return {
+            "agents": self.s.agent_count,
+            "connected": self.s.connected_agents,
+            "dialling": self.s.in_state[LINK_DIALLING],
+            "upgrading": self.s.in_state[LINK_UPGRADING],
+            "waiting": self.s.in_state[LINK_WAITING],
+            "leaving": self.s.in_state[LINK_LEAVING],
+            "links": self.s.agent_count * 2 - self.s.in_state[LINK_CLOSED],
+            "done": sum(self.s.agents[i].is_done for i in range(self.s.agent_count)),
+            "errno": self.s.errno_seen,
+        }
+
+    def take(self):
+        cdef int i
+        taken = {
+            "connect": [read_durations(&self.s.now.connect[i]) for i in range(GROUPS)],
+            "delivery": [read_durations(&self.s.now.delivery[i]) for i in range(GROUPS)],
+            "cadence": [read_durations(&self.s.now.cadence[i]) for i in range(GROUPS)],
+            "unanswered": read_durations(&self.s.now.unanswered),
+            "silent": read_durations(&self.s.now.silent),
+            "outage": read_durations(&self.s.now.outage),
+            "farewell": read_durations(&self.s.now.farewell),
+            "lag": read_durations(&self.s.now.lag),
+            "stall": read_durations(&self.s.now.stall),
+            "counters": self.counters(),
+            "terminated_first_ns": self.s.now.terminated_first_ns,
+            "terminated_last_ns": self.s.now.terminated_last_ns,
+            "closes": [
+                [self.s.now.closes[i].code, self.s.now.closes[i].error.decode("ascii", "replace"), self.s.now.closes[i].count]
+                for i in range(self.s.now.close_rows)
+            ],
+        }
+        figures_clear(&self.s.now)
+        return taken
+
+    cdef dict counters(self):
+        return {
+            "attempts": self.s.now.attempts,
+            "refusals": self.s.now.refusals,
+            "connects": self.s.now.connects,
+            "handovers": self.s.now.handovers,
+            "frames": self.s.now.frames,
+            "bytes": self.s.now.bytes,
+            "events": self.s.now.events,
+            "other_events": self.s.now.other_events,
+            "missing": self.s.now.missing,
+            "repeats": self.s.now.repeats,
+            "gaps": self.s.now.gaps,
+            "pings": self.s.now.pings,
+            "violations": self.s.now.violations,
+            "terminated": self.s.now.terminated,
+        }
