@@ -43,9 +43,15 @@ class HandshakeTransport:
         self.on_readable()
         if not self.is_closing():
             loop = self._door.loop
-            self._timer = loop.call_later(timeout_s, self._protocol._handshake_timeout_callback)
+            self._timer = loop.call_later(timeout_s, self.give_up)
             self._is_watched = True
             loop.add_reader(self._socket.fileno(), self.on_readable)
+
+    def give_up(self) -> None:
+        """Its time is over: the protocol says so, unless it has given another answer and is about to close."""
+        if not self._is_closing:
+            self._protocol._handshake_timeout_callback()
+        self.abort()
 
     def on_readable(self) -> None:
         try:
@@ -128,7 +134,8 @@ class Door:
     """A listening socket on the running loop.
 
     `make_protocol` is called for each accepted socket; `on_error` is told why accepting had to pause, and of a protocol that
-    raised. While `max_handshakes` are under way nothing is accepted, and what comes waits in the kernel's queue.
+    raised. When `max_handshakes` are under way and one more comes, the oldest is over its time: whoever has a request to make
+    sends it at once, and must not wait behind those who send nothing.
     """
 
     def __init__(
@@ -146,7 +153,7 @@ class Door:
         self._max_handshakes = max_handshakes
         self._timeout_s = handshake_timeout_s
         self.on_error = on_error
-        self._under_way: set[HandshakeTransport] = set()
+        self._under_way: dict[HandshakeTransport, None] = {}  # the oldest first
         self._is_accepting = False
         self._is_closed = False
         listening.setblocking(False)
@@ -172,9 +179,6 @@ class Door:
 
     def _on_acceptable(self) -> None:
         for _ in range(ACCEPTS_PER_TURN):
-            if len(self._under_way) >= self._max_handshakes:
-                self._pause()
-                return
             try:
                 accepted, _address = self._listening.accept()
             except (BlockingIOError, InterruptedError):
@@ -192,14 +196,14 @@ class Door:
     def _begin(self, accepted: socket.socket) -> None:
         if accepted.family != socket.AF_UNIX:
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if len(self._under_way) >= self._max_handshakes:
+            next(iter(self._under_way)).give_up()
         handshake = HandshakeTransport(self, accepted, self._make_protocol())
-        self._under_way.add(handshake)
+        self._under_way[handshake] = None
         handshake.begin(self._timeout_s)
 
     def _on_handshake_over(self, handshake: HandshakeTransport) -> None:
-        self._under_way.discard(handshake)
-        if not self._is_accepting and len(self._under_way) < self._max_handshakes:
-            self._resume()
+        self._under_way.pop(handshake, None)
 
     def _pause(self) -> None:
         if self._is_accepting:

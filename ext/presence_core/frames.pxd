@@ -13,6 +13,7 @@ cpdef enum:
 cdef enum:
     FRAME_HEADER_MAX_BYTES = 10    # of a server's (unmasked) frame
     FRAME_CONTROL_MAX_BYTES = 125  # payload of a control frame, RFC 6455 section 5.5
+    FRAGMENTS_FREE = 256           # so many fragments of a message, empty ones too, are nothing special
 
 cdef enum decode_status:
     DECODE_NEED_MORE = 0  # all input was consumed, nothing is complete
@@ -29,6 +30,7 @@ cdef struct frame_event:
     uint8_t opcode          # TEXT, BINARY, CLOSE, PING or PONG (a message's first opcode)
     uint16_t close_code     # CLOSE: the peer's code, 1005 when it sent none; DECODE_ERROR: the code to close with
     uint32_t frames         # frame headers completed during this call, whatever it returned
+    uint32_t excess         # fragments completed during it, beyond the first FRAGMENTS_FREE of their message
     # Unmasked; CLOSE: the reason, without the code. Valid until the next decoder call or decoder_free.
     const uint8_t *payload
     size_t size             # bytes

@@ -47,6 +47,7 @@ cdef struct frame_partial:
     bint in_payload         # its header is complete
     bint finished           # the event that points in here was returned: the next call frees it all
     uint8_t message_opcode  # CONTINUATION: no message is under way
+    uint64_t fragments      # of the message under way, completed
     utf8_state utf8
     uint8_t kept            # bytes in `header`
     uint8_t header[CLIENT_HEADER_MAX_BYTES]
@@ -224,6 +225,8 @@ cdef decode_status complete_frame(frame_partial *partial, frame_event *event) no
         partial.finished = partial.message_opcode == OPCODE_CONTINUATION
         return complete_control(event, partial.frame.opcode, partial.control, <size_t>partial.frame.payload_bytes)
     if not partial.frame.final:
+        partial.fragments += 1
+        event.excess += partial.fragments > FRAGMENTS_FREE
         return DECODE_NEED_MORE
     if partial.utf8.missing:
         return fail(event, CLOSE_INVALID_DATA)
@@ -278,6 +281,7 @@ cdef decode_status decoder_next(
     event.opcode = OPCODE_CONTINUATION
     event.close_code = 0
     event.frames = 0
+    event.excess = 0
     event.payload = NULL
     event.size = 0
     if decoder.partial != NULL and decoder.partial.finished:

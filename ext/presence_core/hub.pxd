@@ -19,6 +19,7 @@ cdef enum:
     MEMBERS_PER_TURN = 64    # members of one room served before the next room has its turn
     BATCH_MAX_BYTES = 65536  # events of a room that are joined into one send
     BACKLOG_VECTORS = 64     # buffers handed to one sendmsg
+    FRAGMENTS_PER_TOKEN = 256  # so many fragments of a message, beyond those that are free, count as one more message
 
 cdef enum connection_state:
     STATE_NEW = 0            # not adopted yet

@@ -187,8 +187,9 @@ class Hub:
         """A hub with three descriptors of its own: epoll, timer and wake-up.
 
         The bounds: of one message; of what waits for one full socket; of what waits in one room. `slice_us` is how long
-        rooms are served in one turn. Messages, and pings with unasked pongs, fill a token bucket each. `seed` makes the
-        phases and nonces of heartbeats repeatable. Raises ValueError unless 0 < pong_timeout_ms < ping_interval_ms.
+        rooms are served in one turn. Messages, and pings with unasked pongs, fill a token bucket each; a message in more
+        than 256 fragments, empty ones too, counts as one more for each further 256. `seed` makes the phases and nonces of
+        heartbeats repeatable. Raises ValueError unless 0 < pong_timeout_ms < ping_interval_ms.
         """
 
     @property

@@ -31,6 +31,7 @@ from presence_core.hub cimport (
     CODE_INTERNAL_ERROR,
     CODE_LOST,
     Connection,
+    FRAGMENTS_PER_TOKEN,
     Hub,
     READ_BUFFER_BYTES,
     STATE_CLOSE_RECEIVED,
@@ -78,6 +79,10 @@ cdef int decode(Hub hub, Connection c, uint8_t *data, size_t size) except -1:
         status = decoder_next(&c.decoder, hub.max_message_bytes, data + at, size - at, &used, &event)
         at += used
         hub.frames_in += event.frames
+        if event.excess and c._state == STATE_OPEN and not pay_fragments(hub, c, event.excess):
+            tell_limit(hub, c, LIMIT_MESSAGES)
+            if c._state != STATE_CLOSING:  # then the decoder is as it was, and the event too
+                return 0
         if status == DECODE_NEED_MORE:
             return 0
         if status == DECODE_EVENT:
@@ -97,7 +102,7 @@ cdef int on_frame(Hub hub, Connection c, const frame_event *event) except -1:
         return 0
     if event.opcode == OPCODE_PONG:
         return on_pong(hub, c, event)
-    if not take_token(hub, c, event.opcode == OPCODE_PING):
+    if not take_tokens(hub, c, event.opcode == OPCODE_PING, 1):
         return tell_limit(hub, c, LIMIT_PINGS if event.opcode == OPCODE_PING else LIMIT_MESSAGES)
     if event.opcode == OPCODE_PING:
         return send_pong(hub, c, event)
@@ -122,7 +127,7 @@ cdef int on_pong(Hub hub, Connection c, const frame_event *event) except -1:
     cdef uint64_t round_trip_ns
     if c.beat != BEAT_PONG or event.size != sizeof(c.nonce) or memcmp(event.payload, &c.nonce, sizeof(c.nonce)):
         hub.stray_pongs += 1
-        return 0 if take_token(hub, c, True) else tell_limit(hub, c, LIMIT_PINGS)
+        return 0 if take_tokens(hub, c, True, 1) else tell_limit(hub, c, LIMIT_PINGS)
     round_trip_ns = monotonic_ns() - c.ping_sent_ns
     c._rtt_us = <uint32_t> min(round_trip_ns // 1000 + 1, <uint64_t> 0xFFFFFFFF)
     histogram_observe(&hub.round_trip, round_trip_ns)
@@ -131,22 +136,27 @@ cdef int on_pong(Hub hub, Connection c, const frame_event *event) except -1:
     return 0
 
 
+cdef bint pay_fragments(Hub hub, Connection c, uint32_t count) noexcept:
+    """A message may come in pieces, of any size and without end: many of them cost as much as messages do."""
+    return take_tokens(hub, c, False, <float> count / FRAGMENTS_PER_TOKEN)
+
+
 @cython.overflowcheck(False)  # the milliseconds wrap after 49 days
-cdef bint take_token(Hub hub, Connection c, bint control) noexcept:
-    """One token of the bucket for messages, or for pings and unasked pongs; False when it is empty."""
+cdef bint take_tokens(Hub hub, Connection c, bint control, float count) noexcept:
+    """Of the bucket for messages and their fragments, or for pings and unasked pongs; False: it has not as many."""
     cdef uint32_t now_ms = <uint32_t> (monotonic_ns() // NS_PER_MS)
     cdef float passed_s = <float> (<uint32_t> (now_ms - c.bucket_ms)) / 1000
     c.bucket_ms = now_ms
     c.message_tokens = min(hub.message_burst, c.message_tokens + passed_s * hub.messages_per_s)
     c.ping_tokens = min(hub.ping_burst, c.ping_tokens + passed_s * hub.pings_per_s)
     if control:
-        if c.ping_tokens < 1:
+        if c.ping_tokens < count:
             return False
-        c.ping_tokens -= 1
+        c.ping_tokens -= count
     else:
-        if c.message_tokens < 1:
+        if c.message_tokens < count:
             return False
-        c.message_tokens -= 1
+        c.message_tokens -= count
     return True
 
 

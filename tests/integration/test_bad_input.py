@@ -300,12 +300,12 @@ async def test_frames_that_break_the_rules_are_closed_with_the_right_code(classr
         await classroom.closes(what, data, code)
 
 
-async def test_the_largest_message_and_a_flood_of_empty_fragments_are_read(classroom: Classroom) -> None:
+async def test_the_largest_message_and_one_with_many_empty_fragments_are_read(classroom: Classroom) -> None:
     request = json.dumps(
         classroom.gateway.request("mallory", classroom_id="00000000-0000-4000-8000-000000000001")
     ).encode()
-    flood = frame(request, fin=False) + frame(b"", Opcode.CONT, fin=False) * 50_000 + frame(b"", Opcode.CONT)
-    for data in (frame(request + b" " * (65_536 - len(request))), flood):
+    pieces = frame(request, fin=False) + frame(b"", Opcode.CONT, fin=False) * 10_000 + frame(b"", Opcode.CONT)
+    for data in (frame(request + b" " * (65_536 - len(request))), pieces):
         async with dialled(classroom.gateway.app.gateway.port) as (client,):
             await (await client.upgrade()).send(data)
             assert (await client.hear())["type"] == "connect_success"
