@@ -135,7 +135,7 @@ class Sessions:
     async def _open(self, agent: Agent, predecessor: Agent | None, welcome: Callable[[Agent, int, Room], bool]) -> None:
         assert agent.classroom_id is not None
         try:
-            session = await self._store.open_session(agent.agent_id, agent.classroom_id)
+            session = await self._store.open_session(agent.agent_id, agent.classroom_id, is_there=lambda: agent.is_open)
         except BaseException:
             if predecessor is not None:  # its session has nobody now, unless the next in turn carries it on
                 self._steps.spawn(self.leave(predecessor, reasons.REPLACED))

@@ -66,14 +66,37 @@ class Elsewhere:
 AskOwner = Callable[[UUID, Sequence[Elsewhere]], Awaitable[Sequence[int]]]
 
 
-class Request:
-    """One agent that wants its session. `only_new`: it does not want it if somebody else has it by now."""
+def always() -> bool:
+    return True
 
-    __slots__ = ("answer", "key", "may_have_made", "only_new", "rounds", "started_at", "wanted_id", "was_told")
+
+class Request:
+    """One agent that wants its session. `only_new`: it does not want it if somebody else has it by now.
+
+    `is_there` says whether the agent still is: for one that has gone no session is taken from elsewhere.
+    """
+
+    __slots__ = (
+        "answer",
+        "is_there",
+        "key",
+        "may_have_made",
+        "only_new",
+        "rounds",
+        "started_at",
+        "wanted_id",
+        "was_told",
+    )
 
     def __init__(
-        self, key: Key, started_at: datetime, answer: asyncio.Future[OpenedSession | None], only_new: bool
+        self,
+        key: Key,
+        started_at: datetime,
+        answer: asyncio.Future[OpenedSession | None],
+        only_new: bool,
+        is_there: Callable[[], bool],
     ) -> None:
+        self.is_there = is_there
         self.key = key
         self.started_at = started_at
         self.answer = answer
@@ -136,7 +159,9 @@ class Openings:
         """Whether a row of an attempt without an answer is looked for."""
         return any(left_key == key for left_key, _ in self._left_behind)
 
-    async def open(self, agent_id: str, classroom_id: UUID, *, only_new: bool = False) -> OpenedSession | None:
+    async def open(
+        self, agent_id: str, classroom_id: UUID, *, only_new: bool = False, is_there: Callable[[], bool] = always
+    ) -> OpenedSession | None:
         """Raises Unavailable when it cannot be done now. A cancelled caller leaves no row behind.
 
         With `only_new` None is the answer when there is a row already, whosever it is.
@@ -146,7 +171,7 @@ class Openings:
         if self._waiting() >= self._max_waiting:
             raise Unavailable("Too many sessions are being opened")
         answer: asyncio.Future[OpenedSession | None] = asyncio.get_running_loop().create_future()
-        request = Request((classroom_id, agent_id), datetime.now(UTC), answer, only_new)
+        request = Request((classroom_id, agent_id), datetime.now(UTC), answer, only_new, is_there)
         self._new.add(request)
         try:
             return await answer
@@ -225,7 +250,10 @@ class Openings:
         finally:
             self._asked_for -= len(wanted)
             for request, _ in wanted:
-                self._let_go.add(request)
+                if request.is_there():
+                    self._let_go.add(request)
+                else:  # it may have connected elsewhere meanwhile, and must not lose that
+                    self._fail(request, TryAgain("the agent has gone"))
 
     async def _take_over_batch(self, batch: list[Request]) -> None:
         await run_in_parts(batch, self._take_over_part, BadRow, self._fail)

@@ -6,7 +6,7 @@ Owns the replica's own row and the order in which the store starts and stops. Kn
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, Self
@@ -21,7 +21,7 @@ from presence.reasons import REPLICA_LOST
 from presence.store import sql
 from presence.store.closing import ClosedSession, Closings, OnOwned, Proof, within_proof
 from presence.store.database import Away, BadRow, Database, Lane, TryAgain
-from presence.store.opening import AskOwner, OpenedSession, Openings
+from presence.store.opening import AskOwner, OpenedSession, Openings, always
 from presence.store.owner import Owner
 
 log = get("store")
@@ -126,15 +126,17 @@ class Store:
 
     # --- sessions
 
-    async def open_session(self, agent_id: str, classroom_id: UUID) -> OpenedSession:
-        """The agent's one session in this classroom, now owned by this replica.
+    async def open_session(
+        self, agent_id: str, classroom_id: UUID, *, is_there: Callable[[], bool] = always
+    ) -> OpenedSession:
+        """The agent's one session in this classroom, now owned by this replica; not taken from elsewhere for one that has gone.
 
         Safe to cancel: a row made for a cancelled caller is closed again. A row whose close is queued here is never
         `kept`: the answer waits for that close and is then a new row.
         """
         if self._closings.is_full:
             raise Unavailable("Too many sessions wait to be closed")
-        opened = await self._openings.open(agent_id, classroom_id)
+        opened = await self._openings.open(agent_id, classroom_id, is_there=is_there)
         assert opened is not None
         return opened
 
