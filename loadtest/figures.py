@@ -1,0 +1,206 @@
+"""What a run has seen: histograms that merge, counters, closes, and one point a second.
+
+Owns the arithmetic of the swarm's histograms. Knows nothing of processes, locust, bounds or how it is shown.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from presence_swarm.swarm import bucket_floors
+
+if TYPE_CHECKING:
+    from presence_swarm.swarm import Durations
+
+GROUPS: Final = 4
+BY_GROUP: Final = ("connect", "delivery", "cadence")
+PLAIN: Final = ("unanswered", "silent", "outage", "farewell", "lag", "stall")
+FLOORS_NS: Final = bucket_floors()
+
+
+class Histogram:
+    """Durations of one kind. Percentiles are the upper end of their bucket, 1.6 % wide; least and most are exact."""
+
+    def __init__(self) -> None:
+        self.buckets: Counter[int] = Counter()
+        self.count = 0
+        self.sum_ns = 0
+        self.least_ns = 0
+        self.most_ns = 0
+
+    def add(self, taken: Durations | Mapping[str, Any]) -> None:
+        if not taken["count"]:
+            return
+        self.least_ns = min(self.least_ns, taken["least_ns"]) if self.count else taken["least_ns"]
+        self.most_ns = max(self.most_ns, taken["most_ns"])
+        self.count += taken["count"]
+        self.sum_ns += taken["sum_ns"]
+        for bucket, count in taken["buckets"]:
+            self.buckets[bucket] += count
+
+    @property
+    def least_ms(self) -> float:
+        return self.least_ns / 1e6
+
+    @property
+    def most_ms(self) -> float:
+        return self.most_ns / 1e6
+
+    def percentile_ms(self, fraction: float) -> float:
+        """At least this share of the durations is not longer; 0 when there are none."""
+        wanted, seen = fraction * self.count, 0
+        for bucket in sorted(self.buckets):
+            seen += self.buckets[bucket]
+            if seen >= wanted:
+                ceiling = FLOORS_NS[bucket + 1] if bucket + 1 < len(FLOORS_NS) else self.most_ns
+                return min(ceiling, self.most_ns) / 1e6
+        return self.most_ms
+
+    def bars_ms(self) -> list[tuple[float, int]]:
+        """(lower end in ms, count), a bar for every eighth of a power of two."""
+        bars: Counter[float] = Counter()
+        for bucket, count in self.buckets.items():
+            bars[FLOORS_NS[bucket // 8 * 8] / 1e6] += count
+        return sorted(bars.items())
+
+    def as_json(self) -> dict[str, Any]:
+        shares = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99, "p999_ms": 0.999}
+        figures = {name: round(self.percentile_ms(share), 4) for name, share in shares.items()}
+        bars = [[round(floor, 6), count] for floor, count in self.bars_ms()]
+        return {"count": self.count, "least_ms": self.least_ms, **figures, "most_ms": self.most_ms, "bars": bars}
+
+
+class Figures:
+    """Everything over some stretch of time."""
+
+    def __init__(self) -> None:
+        self.by_group = {name: [Histogram() for _ in range(GROUPS)] for name in BY_GROUP}
+        self.plain = {name: Histogram() for name in PLAIN}
+        self.counters: Counter[str] = Counter()
+        self.closes: Counter[tuple[int, str]] = Counter()
+        self.terminated_last_ns = 0
+
+    def add(self, report: Mapping[str, Any]) -> None:
+        for name in BY_GROUP:
+            for histogram, taken in zip(self.by_group[name], report[name], strict=True):
+                histogram.add(taken)
+        for name in PLAIN:
+            self.plain[name].add(report[name])
+        self.counters.update(report["counters"])
+        for code, error, count in report["closes"]:
+            self.closes[code, error] += count
+        self.terminated_last_ns = max(self.terminated_last_ns, report["terminated_last_ns"])
+
+    def all_groups(self, name: str) -> Histogram:
+        merged = Histogram()
+        for histogram in self.by_group[name]:
+            merged.add(vars(histogram) | {"buckets": list(histogram.buckets.items())})
+        return merged
+
+    def unasked_closes(self) -> dict[str, int]:
+        """Connections that the agents did not leave themselves, by `code error`."""
+        return {f"{code} {error}".strip(): count for (code, error), count in self.closes.items() if error != "left"}
+
+    def as_json(self, titles: Mapping[int, str]) -> dict[str, Any]:
+        return {
+            **{
+                name: {titles.get(group, str(group)): h.as_json() for group, h in enumerate(histograms) if h.count}
+                for name, histograms in self.by_group.items()
+            },
+            **{name: histogram.as_json() for name, histogram in self.plain.items() if histogram.count},
+            "counters": dict(self.counters),
+            "closes": {f"{code} {error}".strip(): count for (code, error), count in sorted(self.closes.items())},
+        }
+
+
+@dataclass
+class Second:
+    """One point of the charts."""
+
+    connected: dict[str, int] = field(default_factory=dict)  # by shard
+    connects: Histogram = field(default_factory=Histogram)
+    delivery: list[Histogram] = field(default_factory=lambda: [Histogram() for _ in range(GROUPS)])
+    frames: int = 0
+
+    def as_json(self, at_s: int, titles: Mapping[int, str]) -> dict[str, Any]:
+        return {
+            "at_s": at_s,
+            "connected": sum(self.connected.values()),
+            "connects": self.connects.count,
+            "connect_p50_ms": round(self.connects.percentile_ms(0.5), 3),
+            "connect_p99_ms": round(self.connects.percentile_ms(0.99), 3),
+            "frames": self.frames,
+            "delivery_p99_ms": {
+                titles.get(group, str(group)): round(h.percentile_ms(0.99), 3)
+                for group, h in enumerate(self.delivery)
+                if h.count
+            },
+        }
+
+
+@dataclass
+class ShardFigures:
+    """What a shard says of itself: was it late, was it busy."""
+
+    lag: Histogram = field(default_factory=Histogram)
+    stall: Histogram = field(default_factory=Histogram)
+    shares: list[float] = field(default_factory=list)  # of a core, one a report
+
+    @property
+    def busiest_share(self) -> float:
+        """The most over about five seconds."""
+        span = 10
+        sums = [sum(self.shares[i : i + span]) / span for i in range(max(0, len(self.shares) - span + 1))]
+        return max(sums, default=sum(self.shares) / max(1, len(self.shares)))
+
+
+class Record:
+    """All reports of all shards, and samples of the replicas."""
+
+    def __init__(self, start_ns: int) -> None:
+        self.start_ns = start_ns
+        self.total = Figures()
+        self.windows: dict[str, Figures] = {}  # by name: what came while they were open
+        self.open: set[str] = set()
+        self.seconds: dict[int, Second] = {}
+        self.shards: dict[str, ShardFigures] = {}
+        self.gauges: dict[str, dict[str, int]] = {}
+        self.samples: list[dict[str, Any]] = []
+        self.marks: list[tuple[float, str]] = []
+
+    def add(self, shard: str, report: dict[str, Any]) -> None:
+        self.total.add(report)
+        for name in self.open:
+            self.windows[name].add(report)
+        self.gauges[shard] = report["gauges"]
+        second = self.seconds.setdefault(int(self.at_s(report["at_ns"])), Second())
+        second.connected[shard] = report["gauges"]["connected"]
+        second.frames += report["counters"]["frames"]
+        for group in range(GROUPS):
+            second.connects.add(report["connect"][group])
+            second.delivery[group].add(report["delivery"][group])
+        own = self.shards.setdefault(shard, ShardFigures())
+        own.lag.add(report["lag"])
+        own.stall.add(report["stall"])
+        own.shares.append(report["cpu_s"] / report["took_s"])
+
+    def at_s(self, at_ns: int) -> float:
+        return (at_ns - self.start_ns) / 1e9
+
+    def mark(self, at_ns: int, text: str) -> None:
+        """A line in the charts."""
+        self.marks.append((self.at_s(at_ns), text))
+
+    def open_window(self, name: str) -> Figures:
+        self.windows[name] = Figures()
+        self.open.add(name)
+        return self.windows[name]
+
+    def close_window(self, name: str) -> None:
+        self.open.discard(name)
+
+    def gauge(self, name: str) -> int:
+        return sum(gauges[name] for gauges in self.gauges.values())
