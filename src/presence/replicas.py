@@ -29,6 +29,10 @@ log = get("replicas")
 
 RENEWALS_PER_TTL: Final = 3  # two may fail before the lease runs out
 OWNER_TIMEOUT_S: Final = 0.5  # nobody is locked out by a replica that is dead or stands still for longer
+# Of the interval. A database that stood still for longer than these together is noticed before anybody is swept who could not
+# renew meanwhile; with the one interval that a heartbeat may be old by then, they make less than a lease.
+OVERDUE_SHARE: Final = 1.4
+SWEEP_SHARE: Final = 0.5
 SWEEP_JITTER_S: Final = 0.1
 RETRY_S: Final = 0.25
 RECONCILE_INTERVAL_S: Final = 60.0
@@ -158,6 +162,8 @@ class Lease:
         except SessionError:
             self._steady_since = None
             raise
+        if self._clock() - started > SWEEP_SHARE * self._interval_s:  # the database stood still
+            self._steady_since = None
         self._must_reconcile |= self._was_deaf() or stood_still or started - self._reconciled_at > RECONCILE_INTERVAL_S
         if stood_still:
             log.warning("lease_late", stood_still_s=round(started - self._renewed_at, 3))
@@ -172,7 +178,7 @@ class Lease:
             await self._reconcile()
             self._must_reconcile = False
         self._renewed_at = started
-        self._steady_since = started if self._steady_since is None else self._steady_since
+        self._steady_since = self._clock() if self._steady_since is None else self._steady_since
 
     async def _pause(self) -> None:
         """Until it is time to renew, or a statement has found that there is nothing left to renew."""
@@ -190,7 +196,7 @@ class Lease:
     async def _look_around(self) -> None:
         """Sweep who is dead, then sleep until the next lease may run out."""
         if self._is_steady():
-            while (swept := await self._store.sweep(self._ttl_s)) is not None:
+            while (swept := await self._store.sweep(self._ttl_s, SWEEP_SHARE * self._interval_s)) is not None:
                 replica_id, count = swept
                 self._metrics.sessions_swept.inc(count)
                 log.warning("replica_swept", replica_id=str(replica_id), sessions=count)
@@ -201,4 +207,6 @@ class Lease:
 
     def _is_steady(self) -> bool:
         """After an outage of the database every lease looks run out: the others get the time to renew theirs."""
-        return self._steady_since is not None and self._clock() - self._steady_since >= self._ttl_s
+        now = self._clock()
+        is_overdue = now - self._renewed_at > OVERDUE_SHARE * self._interval_s  # the database may stand still right now
+        return self._steady_since is not None and now - self._steady_since >= self._ttl_s and not is_overdue

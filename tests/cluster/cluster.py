@@ -70,7 +70,7 @@ class Cluster:
         self.reader = Reader(postgres.url)
         self.replicas = [Replica(name, folder, spawner, nats.port, postgres.port) for name in "abc"]
         self.nats_is_away = False
-        self.postgres_is_away = False
+        self.down: set[str] = set()  # the servers that do not answer now
         self._nats_turn = asyncio.Lock()
         self._postgres_turn = asyncio.Lock()
         for replica in self.replicas:
@@ -93,38 +93,42 @@ class Cluster:
             for replica in self.replicas:
                 replica.nats.refuses = True
             await asyncio.to_thread(self.nats.kill)
+            self.down.add("nats")
             await self._for(away_s)
             await asyncio.to_thread(self.nats.start)
             await self.ear.reopen()
             for replica, refuses in zip(self.replicas, was_refusing, strict=True):
                 replica.nats.refuses = refuses
             self.nats_is_away = False
+            self.down.discard("nats")
 
     async def freeze_nats(self, away_s: asyncio.Future[None] | float) -> None:
         async with self._nats_turn:
             self.nats_is_away = True
             self.nats.pause()
+            self.down.add("nats")
             await self._for(away_s)
             self.nats.resume()
             self.nats_is_away = False
+            self.down.discard("nats")
 
     # --- PostgreSQL
 
     async def kill_postgres(self, away_s: asyncio.Future[None] | float) -> None:
         async with self._postgres_turn:
-            self.postgres_is_away = True
             await asyncio.to_thread(self.postgres.kill)
+            self.down.add("postgres")
             await self._for(away_s)
             await asyncio.to_thread(self.postgres.start)
-            self.postgres_is_away = False
+            self.down.discard("postgres")
 
     async def freeze_postgres(self, away_s: asyncio.Future[None] | float) -> None:
         async with self._postgres_turn:
-            self.postgres_is_away = True
             await asyncio.to_thread(self.postgres.pause)
+            self.down.add("postgres")
             await self._for(away_s)
             await asyncio.to_thread(self.postgres.resume)
-            self.postgres_is_away = False
+            self.down.discard("postgres")
 
     async def _for(self, away_s: asyncio.Future[None] | float) -> None:
         await (asyncio.sleep(away_s) if isinstance(away_s, int | float) else asyncio.shield(away_s))

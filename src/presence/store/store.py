@@ -6,6 +6,7 @@ Owns the replica's own row and the order in which the store starts and stops. Kn
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -190,18 +191,22 @@ class Store:
         seconds: float | None = rows[0][0]
         return seconds
 
-    async def sweep(self, ttl_s: float) -> tuple[UUID, int] | None:
+    async def sweep(self, ttl_s: float, longest_s: float = SWEEP_TIMEOUT_S) -> tuple[UUID, int] | None:
         """Move the sessions of one dead replica to history, and tell their leaves; its id and how many, if there was one.
 
         The others are told before the COMMIT, as for every close: a sweep that fails half way is done again by somebody.
+        One that takes more than `longest_s` is undone: the database stood still, and nobody could renew a lease.
         """
         try:
             await within_proof(self._prove)
             async with self._sweep_lane.session() as connection:
+                started = time.monotonic()
                 await connection.execute(sql.BEGIN_SWEEP)
                 rows = await connection.fetch(
                     sql.SWEEP, self._owner.replica_id, ttl_s, REPLICA_LOST.type, timeout=SWEEP_TIMEOUT_S
                 )
+                if time.monotonic() - started > longest_s:
+                    raise TryAgain("The database stood still")
                 for start in range(0, len(rows), TOLD_PER_TURN):
                     self._on_owned([_swept(row) for row in rows[start : start + TOLD_PER_TURN] if row[0] is not None])
                     await asyncio.sleep(0)  # thousands of leaves must not make a ping late
