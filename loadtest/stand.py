@@ -131,8 +131,8 @@ class Stand:
         self.replicas[replica].process.send_signal(number)
         return {"at_ns": at_ns}
 
-    async def do_ended(self, replica: int, timeout_s: float) -> dict[str, int]:
-        async with asyncio.timeout(timeout_s):
+    async def do_ended(self, replica: int, wait_s: float) -> dict[str, int]:
+        async with asyncio.timeout(wait_s):
             status, at_ns = await asyncio.shield(self.replicas[replica].ended_ns)
         return {"status": status, "at_ns": at_ns}
 

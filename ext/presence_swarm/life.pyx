@@ -225,6 +225,8 @@ cdef void on_success(swarm *s, link *line, const uint8_t *data, size_t size, uin
     s.now.connects += 1
     durations_add(&s.now.connect[a.group], at_ns - line.began_ns)
     if a.lost_ns:
+        if a.lost_ns < line.began_ns:
+            a.highest = 0  # a new start: what went by in between is not missing. A move must not miss anything.
         durations_add(&s.now.outage, at_ns - a.lost_ns if at_ns > a.lost_ns else 0)
         a.lost_ns = 0
     a.current = 0 if line == &a.links[0] else 1
@@ -233,7 +235,6 @@ cdef void on_success(swarm *s, link *line, const uint8_t *data, size_t size, uin
         leave(s, other)
     else:
         s.connected_agents += 1
-        a.highest = 0  # a new session: what went by in between is not missing
     if a.behaviour == READS_NOTHING:
         watch(s, line, EPOLLRDHUP)
 
