@@ -12,7 +12,8 @@ from pathlib import Path
 
 import locust  # noqa: F401 - first: it patches what blocks
 
-from loadtest.report import write_report
+from loadtest.report import write_result
+from loadtest.results import result_of
 from loadtest.running import QUICK, REAL, Run
 from loadtest.scenarios import SCENARIOS
 from loadtest.verdicts import Judge, why_not_counted
@@ -56,7 +57,8 @@ def main() -> int:
     finally:
         run.close()
     doubts = why_not_counted(run.record.shards)
-    page = write_report(arguments.out, arguments.scenario, command_of(arguments), began, run, judge, doubts)
+    result = result_of(arguments.scenario, command_of(arguments), began, run, judge, doubts)
+    page = write_result(arguments.out, result)
     for verdict in judge.verdicts:
         print(f"{'pass' if verdict.passed else 'FAIL'}  {verdict.guarantee}: {verdict.measured} ({verdict.bound})")
     for doubt in doubts:

@@ -86,7 +86,9 @@ class Run:
         needed = max(shards, -(-self.agents // AGENTS_PER_SHARD))
         for number in range(needed):
             capacity = str(self.agents + 1_000)
-            shard = self._child("loadtest.swarm_process", capacity, str(self.seed * 100 + number), self.about["data_dir"])
+            shard = self._child(
+                "loadtest.swarm_process", capacity, str(self.seed * 100 + number), self.about["data_dir"]
+            )
             self.shards.append(shard)
             self._names[shard] = f"shard {number}"
         self.publishers = [self._child("loadtest.publisher", self.about["nats_url"]) for _ in range(publishers)]

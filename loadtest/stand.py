@@ -40,7 +40,13 @@ class Replica:
         self.ended_ns: asyncio.Future[tuple[int, int]]
 
     async def start(self, settings: dict[str, str]) -> None:
-        flags = {"port": "0", "http-port": "0", "replica-label": f"load-{self.number}", "log-format": "json", **settings}
+        flags = {
+            "port": "0",
+            "http-port": "0",
+            "replica-label": f"load-{self.number}",
+            "log-format": "json",
+            **settings,
+        }
         words = [word for name, value in flags.items() for word in (f"--{name}", value)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PRESENCE_")}
         with self.log_path.open("ab") as log:

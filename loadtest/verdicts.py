@@ -77,7 +77,9 @@ def why_not_counted(shards: dict[str, ShardFigures]) -> list[str]:
     reasons = []
     for name, own in shards.items():
         if own.lag.percentile_ms(0.99) > SWARM_LAG_P99_MS:
-            reasons.append(f"{name} read late: p99 {own.lag.percentile_ms(0.99):.0f} ms, allowed {SWARM_LAG_P99_MS:.0f} ms")
+            reasons.append(
+                f"{name} read late: p99 {own.lag.percentile_ms(0.99):.0f} ms, allowed {SWARM_LAG_P99_MS:.0f} ms"
+            )
         if own.stall.most_ms > SWARM_STALL_MS:
             reasons.append(f"{name} stood still for {own.stall.most_ms:.0f} ms, allowed {SWARM_STALL_MS:.0f} ms")
         if own.busiest_share > SWARM_SHARE:

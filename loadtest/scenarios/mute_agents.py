@@ -29,13 +29,17 @@ def play(run: Run, judge: Judge) -> None:
     run.hush()
     run.settle()
     ends = {error: sum(n for (_, e), n in total.closes.items() if e == error) for _, error in total.closes}
-    judge.between_ms("close after an unanswered ping, every one", total.plain["unanswered"], timing.pong_timeout_s * 1e3)
+    judge.between_ms(
+        "close after an unanswered ping, every one", total.plain["unanswered"], timing.pong_timeout_s * 1e3
+    )
     judge.between_ms("close without a connect_request, every one", total.plain["silent"], timing.auth_timeout_s * 1e3)
     judge.equal("agents that answer no ping: closed", total.plain["unanswered"].count, some)
     judge.equal("agents that say nothing: closed", ends.get("auth_timed_out", 0), some)
     judge.equal("agents that read nothing: closed", run.record.gauge("done") - 2 * some, some)
     judge.equal("good agents connected", run.connected(), run.agents - 3 * some)
-    judge.percentile("event, NATS publish to agent, rooms of 30", total.by_group["delivery"][SMALL], 0.99, DELIVERY_P99_MS)
+    judge.percentile(
+        "event, NATS publish to agent, rooms of 30", total.by_group["delivery"][SMALL], 0.99, DELIVERY_P99_MS
+    )
     judge.cadence(total.by_group["cadence"][SMALL])
     nothing_missing(total, judge)
     judge.equal("sessions in the database", run.stand.ask("rows")["sessions"], run.agents - 3 * some)

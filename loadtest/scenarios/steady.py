@@ -25,7 +25,9 @@ def play(run: Run, judge: Judge) -> None:
     wanted = sum(members[subject.split(".")[1]] * number for subject, number in numbers.items())
     judge.equal("events received, of those published times members", total.counters["events"], wanted)
     nothing_missing(total, judge)
-    judge.percentile("event, NATS publish to agent, rooms of 30", total.by_group["delivery"][SMALL], 0.99, DELIVERY_P99_MS)
+    judge.percentile(
+        "event, NATS publish to agent, rooms of 30", total.by_group["delivery"][SMALL], 0.99, DELIVERY_P99_MS
+    )
     judge.cadence(total.by_group["cadence"][SMALL])
     count_as_lost(run, judge)
     say_goodbye(run, judge)

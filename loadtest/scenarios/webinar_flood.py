@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from loadtest.running import AGENTS_PER_SHARD, Run
-from loadtest.scenarios.rooms import ALL_IN_TIMEOUT_S, LARGE, SMALL, arrival_s, count_as_lost, nothing_missing, small_rooms
+from loadtest.scenarios.rooms import (
+    ALL_IN_TIMEOUT_S,
+    LARGE,
+    SMALL,
+    arrival_s,
+    count_as_lost,
+    nothing_missing,
+    small_rooms,
+)
 from loadtest.verdicts import DELIVERY_P99_MS, Judge
 
 WEBINAR = "0192f0c1-7a3e-7c55-b5a1-3d0f4b1f9a10"

@@ -1,0 +1,114 @@
+"""The result of a run as one JSON document: what the page shows and what two runs are compared by.
+
+Owns the document's form. Knows nothing of how it is shown.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import statistics
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from loadtest.lines import ROOT
+from loadtest.running import Run
+from loadtest.verdicts import Judge
+
+
+def result_of(scenario: str, command: str, began: float, run: Run, judge: Judge, doubts: list[str]) -> dict[str, Any]:
+    record = run.record
+    return {
+        "scenario": scenario,
+        "command": command,
+        "taken_at": datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "machine": _machine(),
+        "agents": run.agents,
+        "gateway": dict(setting.split("=") for setting in run.timing.settings()),
+        "passed": judge.passed,
+        "counts": not doubts,
+        "doubts": doubts,
+        "verdicts": [verdict.as_json() for verdict in judge.verdicts],
+        "facts": run.facts | cost_of(record.samples),
+        "total": record.total.as_json(run.titles),
+        "windows": {name: figures.as_json(run.titles) for name, figures in record.windows.items()},
+        "seconds": [second.as_json(at_s, run.titles) for at_s, second in sorted(record.seconds.items())],
+        "marks": [[round(at_s, 2), text] for at_s, text in record.marks],
+        "replicas": replica_lines(record.samples, record.start_ns),
+        "swarm": {
+            name: {
+                "lag_p99_ms": own.lag.percentile_ms(0.99),
+                "lag_most_ms": own.lag.most_ms,
+                "stall_most_ms": own.stall.most_ms,
+                "busiest_share": own.busiest_share,
+                "share": statistics.fmean(own.shares) if own.shares else 0.0,
+            }
+            for name, own in record.shards.items()
+        },
+    }
+
+
+def replica_lines(samples: list[dict[str, Any]], start_ns: int) -> dict[str, list[list[float]]]:
+    """By replica: [seconds, resident bytes, share of a core] every second."""
+    lines: dict[str, list[list[float]]] = {}
+    before: dict[int, tuple[int, float]] = {}
+    for sample in samples:
+        for number, own in enumerate(sample["replicas"]):
+            if own is None:
+                continue
+            at_ns, cpu_s = before.get(number, (sample["at_ns"], own["cpu_s"]))
+            took_s = (sample["at_ns"] - at_ns) / 1e9
+            share = (own["cpu_s"] - cpu_s) / took_s if took_s else 0.0
+            line = lines.setdefault(f"replica {number}", [])
+            line.append([round((sample["at_ns"] - start_ns) / 1e9, 2), own["rss"], round(share, 4)])
+            before[number] = (sample["at_ns"], own["cpu_s"])
+    return lines
+
+
+def cost_of(samples: list[dict[str, Any]]) -> dict[str, str]:
+    """What an agent costs the replicas: memory at the peak of agents, CPU over the whole run."""
+    full = [sample for sample in samples if all(sample["replicas"])]
+    if not full:
+        return {}
+    peak = max(full, key=lambda sample: sample["connected"])
+    empty = full[0]
+    if peak["connected"] == 0:
+        return {}
+
+    def total(sample: dict[str, Any], name: str) -> float:
+        return sum(own[name] for own in sample["replicas"][: len(empty["replicas"])])
+
+    rss = (total(peak, "rss") - total(empty, "rss")) / peak["connected"]
+    agent_minutes = 0.0
+    for before, after in zip(full, full[1:], strict=False):
+        agent_minutes += after["connected"] * (after["at_ns"] - before["at_ns"]) / 60e9
+    cpu_us = (total(full[-1], "cpu_s") - total(empty, "cpu_s")) / max(agent_minutes, 1e-9) * 1e6
+    return {
+        "RSS of the replicas for each agent, warm-up and connects included": f"{rss:,.0f} B",
+        "CPU of the replicas for each agent and minute, connects included": f"{cpu_us:,.0f} µs",
+    }
+
+
+def _machine() -> dict[str, Any]:
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "cpu": model[1] if model else platform.processor(),
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def _commit() -> str:
+    """The commit of what was tested; `-dirty` when a source of it has been changed since."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "src", "ext")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("-dirty" if changed else "")
