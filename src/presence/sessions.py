@@ -201,6 +201,8 @@ class Sessions:
             self._parked.pop(session_id, None)
             agent = self._fanout.agent_in(classroom_id, agent_id)
             if agent is not None and agent.session_id == session_id:
+                if agent.told:
+                    return True  # of the drain: it hears its events here until it is in over there, and drops this one itself
                 self._end(agent, reasons.REPLACED)
                 self._forget(agent)
             return session_id not in self._unannounced and not self._store.is_untold(classroom_id, agent_id, session_id)

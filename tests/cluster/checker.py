@@ -27,6 +27,7 @@ CODES = {
     "token_expired": 4004,
     "terminated": 1012,
 }
+IN_FLIGHT_S = 3.0  # how long a connect may be under way in the gateway after its agent has given it up
 REASONS = {*CODES, "closed", "lost", "protocol_error", "replica_lost"}
 
 
@@ -118,6 +119,11 @@ def replacement_flaws(lives: list[Life]) -> Iterator[str]:
             if other is not life and other.requested_at
         ):
             yield f"session {life.session_id} on {life.replica} was replaced by nobody that came later"
+
+
+def until(life: Life, now: float) -> float:
+    """When its connect was over at the latest."""
+    return life.success_at or (life.ended_at + IN_FLIGHT_S if life.ended_at else now)
 
 
 def end_flaws(life: Life, killed: set[str]) -> Iterator[str]:

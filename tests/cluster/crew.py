@@ -117,7 +117,7 @@ class Publisher:
     def __init__(self, cluster: Cluster, room: str) -> None:
         self._cluster = cluster
         self._room = room
-        self.sent: list[tuple[float, str]] = []
+        self.sent: list[tuple[float, float, str]] = []  # not earlier than, not later than
 
     async def publish(self, interval_s: float) -> None:
         """Until cancelled."""
@@ -125,11 +125,11 @@ class Publisher:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                message_id = f"{self._room}.{len(self.sent)}"
-                self.sent.append((loop.time(), message_id))
+                message_id, began = f"{self._room}.{len(self.sent)}", loop.time()
                 payload = json.dumps(len(self.sent)).encode()
                 await client.publish(f"classrooms.{self._room}.tick", payload, headers={"Nats-Msg-Id": message_id})
                 await client.flush()
+                self.sent.append((began, loop.time(), message_id))
                 await asyncio.sleep(interval_s)
         finally:
             await client.close()

@@ -73,7 +73,10 @@ async def test_three_replicas_one_after_the_other(patient: Cluster, crew: Crew) 
     await within(patient.ear.flush(), 20)
     kinds = [told.kind for agent in agents for told in patient.ear.sequence(agent.key) if told.at > began]
     assert kinds == []  # neither leave nor enter
-    await eventually(lambda: not missing(crew, publisher), 10)
+    with contextlib.suppress(TimeoutError):
+        await eventually(lambda: not missing(crew, publisher), 3)
+    lost = missing(crew, publisher)
+    assert lost == [], (len(lost), lost[:10])
     assert [key for key in {agent.key for agent in agents} if offline_s(crew, key) > SPREAD_S + 1.0 * SCALE] == []
     await crew.settled(20)
 
@@ -82,16 +85,19 @@ def life_of(cluster: Cluster, number: int) -> str:
     return cluster.replicas[number].life
 
 
-def missing(crew: Crew, publisher: Publisher) -> list[tuple[str, str]]:
-    """(agent, message) of what an agent did not get though it held a socket on either side when it was published."""
+def missing(crew: Crew, publisher: Publisher) -> list[tuple[str, str, str]]:
+    """(agent, message, its sockets) of what an agent did not get though it held a socket on either side when it was published."""
     lost = []
     for agent in crew.agents:
         lives = [life for life in crew.record.lives_of(agent.key) if life.success_at is not None]
         heard = {message for life in lives for message in life.events}
-        for at, message in publisher.sent:
-            holds = any(life.success_at <= at and at <= (life.left_at or life.ended_at or at) for life in lives)
+        for began, at, message in publisher.sent:
+            holds = any(life.success_at <= began and at <= (life.left_at or life.ended_at or at) for life in lives)
             if holds and message not in heard:
-                lost.append((agent.key[1], message))
+                spans = [
+                    (life.replica, life.success_at - at, (life.left_at or life.ended_at or at) - at) for life in lives
+                ]
+                lost.append((agent.key[1], message, str(spans)))
     assert not any(life.gaps for life in crew.record.lives)
     return lost
 
