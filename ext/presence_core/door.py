@@ -20,13 +20,14 @@ __all__ = ["Door", "HandshakeTransport"]
 
 ACCEPTS_PER_TURN: Final = 32  # about two milliseconds, then the loop has its turn
 ACCEPT_RETRY_S: Final = 0.1
+HANDSHAKE_MIN_S: Final = 0.1  # what every handshake has, however many come
 NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class HandshakeTransport:
     """What picows sees of an accepted socket until its upgrade is answered; `detach` gives the descriptor away."""
 
-    __slots__ = ("_door", "_is_closing", "_is_watched", "_protocol", "_socket", "_timer", "_unsent_bytes")
+    __slots__ = ("_door", "_is_closing", "_is_watched", "_protocol", "_socket", "_timer", "_unsent_bytes", "begun")
 
     def __init__(self, door: Door, accepted: socket.socket, protocol: Any) -> None:
         self._door = door
@@ -36,6 +37,7 @@ class HandshakeTransport:
         self._is_watched = False
         self._is_closing = False
         self._unsent_bytes = 0
+        self.begun = door.loop.time()
 
     def begin(self, timeout_s: float) -> None:
         """Read what is there; the rest may take `timeout_s`."""
@@ -134,8 +136,8 @@ class Door:
     """A listening socket on the running loop.
 
     `make_protocol` is called for each accepted socket; `on_error` is told why accepting had to pause, and of a protocol that
-    raised. When `max_handshakes` are under way and one more comes, the oldest is over its time: whoever has a request to make
-    sends it at once, and must not wait behind those who send nothing.
+    raised. When `max_handshakes` are under way and one more comes, the time of the oldest is over, or will be in a moment:
+    whoever has a request to make sends it at once, and must not wait behind those who send nothing.
     """
 
     def __init__(
@@ -155,6 +157,7 @@ class Door:
         self.on_error = on_error
         self._under_way: dict[HandshakeTransport, None] = {}  # the oldest first
         self._is_accepting = False
+        self._pausing: asyncio.TimerHandle | None = None
         self._is_closed = False
         listening.setblocking(False)
         self._resume()
@@ -179,6 +182,10 @@ class Door:
 
     def _on_acceptable(self) -> None:
         for _ in range(ACCEPTS_PER_TURN):
+            wait_s = self._wait_s()
+            if wait_s > 0:
+                self._pause(wait_s)
+                return
             try:
                 accepted, _address = self._listening.accept()
             except (BlockingIOError, InterruptedError):
@@ -188,29 +195,46 @@ class Door:
                     continue  # that client has gone already
                 # The socket stays readable: to watch it on would spin.
                 self.on_error(error)
-                self._pause()
-                self.loop.call_later(ACCEPT_RETRY_S, self._resume)
+                self._pause(ACCEPT_RETRY_S)
                 return
             self._begin(accepted)
+
+    def _is_full(self) -> bool:
+        return len(self._under_way) >= self._max_handshakes
+
+    def _wait_s(self) -> float:
+        """Until there is room, or the oldest has had its time."""
+        return self._oldest().begun + HANDSHAKE_MIN_S - self.loop.time() if self._is_full() else 0.0
+
+    def _oldest(self) -> HandshakeTransport:
+        return next(iter(self._under_way))
 
     def _begin(self, accepted: socket.socket) -> None:
         if accepted.family != socket.AF_UNIX:
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if len(self._under_way) >= self._max_handshakes:
-            next(iter(self._under_way)).give_up()
+        if self._is_full():
+            self._oldest().give_up()
         handshake = HandshakeTransport(self, accepted, self._make_protocol())
         self._under_way[handshake] = None
         handshake.begin(self._timeout_s)
 
     def _on_handshake_over(self, handshake: HandshakeTransport) -> None:
         self._under_way.pop(handshake, None)
+        if not self._is_accepting:
+            self._resume()
 
-    def _pause(self) -> None:
+    def _pause(self, seconds: float | None = None) -> None:
+        """For so long, or for ever; a handshake that ends may end the pause too."""
         if self._is_accepting:
             self._is_accepting = False
             self.loop.remove_reader(self._listening.fileno())
+        if seconds is not None:
+            self._pausing = self.loop.call_later(seconds, self._resume)
 
     def _resume(self) -> None:
+        if self._pausing is not None:
+            self._pausing.cancel()
+            self._pausing = None
         if not self._is_accepting and not self._is_closed:
             self._is_accepting = True
             self.loop.add_reader(self._listening.fileno(), self._on_acceptable)
