@@ -53,7 +53,7 @@ def line_chart(
         return "<p>Nothing to show.</p>"
     most = max([y for _, y in points] + list((bounds or {}).values()))
     low = max(0.01, min([y for _, y in points if y > 0], default=0.01)) if is_log else 0.0
-    x = Axis(0, max(max(at for at, _ in points), 1), LEFT, WIDTH - LEFT - RIGHT)
+    x = Axis(0, max(1.0, *(at for at, _ in points)), LEFT, WIDTH - LEFT - RIGHT)
     y = Axis(low, max(most * 1.05, low * 10 if is_log else 1e-9), HEIGHT - BOTTOM, TOP + BOTTOM - HEIGHT, is_log)
     parts = [_grid(x, y, "s", unit), *(_mark(x, at, text) for at, text in marks)]
     parts += [_bound_across(y, value, text) for text, value in (bounds or {}).items()]

@@ -6,6 +6,7 @@ is cooperative wherever gevent has patched that.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import signal
@@ -81,10 +82,8 @@ class Child:
     def end(self) -> None:
         """Close its stdin, and wait; SIGKILL when that is not enough."""
         if self._process.stdin is not None and not self._process.stdin.closed:
-            try:
+            with contextlib.suppress(OSError):
                 self._process.stdin.close()
-            except OSError:
-                pass
         try:
             self._process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:

@@ -11,6 +11,7 @@ import re
 import statistics
 import subprocess
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def cost_of(samples: list[dict[str, Any]]) -> dict[str, str]:
 
     rss = (total(peak, "rss") - total(empty, "rss")) / peak["connected"]
     agent_minutes = 0.0
-    for before, after in zip(full, full[1:], strict=False):
+    for before, after in pairwise(full):
         agent_minutes += after["connected"] * (after["at_ns"] - before["at_ns"]) / 60e9
     cpu_us = (total(full[-1], "cpu_s") - total(empty, "cpu_s")) / max(agent_minutes, 1e-9) * 1e6
     return {

@@ -12,6 +12,7 @@ import select
 import sys
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class Shard:
                 line = sys.stdin.buffer.raw.readline()  # type: ignore[attr-defined] - unbuffered, so that select knows
                 if not line:
                     return
-                answer_with(lambda order=json.loads(line): self.obey(order))  # type: ignore[misc]
+                answer_with(partial(self.obey, json.loads(line)))
             if time.monotonic() >= next_report:
                 next_report += REPORT_EVERY_S
                 self.report()

@@ -125,3 +125,4 @@ cdef void dial(swarm *s, agent *a) noexcept nogil
 cdef void leave(swarm *s, link *line) noexcept nogil
 cdef void drop_link(swarm *s, link *line) noexcept nogil
 cdef void on_link_ready(swarm *s, link *line, uint32_t events) noexcept nogil
+cdef uint64_t pending_numbers(const agent *a) noexcept nogil

@@ -180,7 +180,9 @@ cdef bint transmit(swarm *s, link *line, const uint8_t *data, size_t size) noexc
 cdef void on_dialled(swarm *s, link *line) noexcept nogil:
     cdef uint8_t[512] request
     cdef size_t size
-    if socket_error(line.fd) != 0:
+    cdef int error = socket_error(line.fd)
+    if error:
+        s.errno_seen = error
         refuse(s, line)
         return
     size = upgrade_request(request, sizeof(request), s.ports[line.target])
@@ -244,6 +246,11 @@ cdef inline uint64_t fallen_out(uint64_t window, uint64_t ahead) noexcept nogil:
     if ahead >= 64:
         return ahead - 64 + <uint64_t> (64 - count_ones(window))
     return ahead - <uint64_t> count_ones(window >> (64 - ahead))
+
+
+cdef uint64_t pending_numbers(const agent *a) noexcept nogil:
+    """Numbers that have not come but still may, since later ones came on another connection: the window's holes."""
+    return <uint64_t> (64 - count_ones(a.window)) if a.highest else 0
 
 
 @cython.overflowcheck(False)

@@ -45,6 +45,7 @@ from presence_swarm.life cimport (
     link,
     next_random,
     on_link_ready,
+    pending_numbers,
     swarm,
 )
 from presence_swarm.sockets cimport clock_offset_ns
@@ -133,10 +134,10 @@ cdef class Swarm:
     cdef bint running
 
     def __cinit__(self, unsigned int capacity, uint64_t seed=1):
+        memset(&self.s, 0, sizeof(swarm))
+        self.s.epoll_fd = -1  # first of all: what is raised from here on ends in __dealloc__
         if not 1 <= capacity <= 1_000_000:
             raise ValueError("a swarm has 1 to 1,000,000 agents")
-        memset(&self.s, 0, sizeof(swarm))
-        self.s.epoll_fd = -1
         self.s.capacity = capacity
         self.s.random = seed * 2 + 1
         self.s.start_ns = monotonic_ns()
@@ -222,7 +223,11 @@ cdef class Swarm:
         return self.s.agents[index].events
 
     def gauges(self):
-        cdef unsigned int i
+        cdef unsigned int i, done = 0
+        cdef uint64_t pending = 0
+        for i in range(self.s.agent_count):
+            done += self.s.agents[i].is_done
+            pending += pending_numbers(&self.s.agents[i])
         return {
             "agents": self.s.agent_count,
             "connected": self.s.connected_agents,
@@ -231,7 +236,8 @@ cdef class Swarm:
             "waiting": self.s.in_state[LINK_WAITING],
             "leaving": self.s.in_state[LINK_LEAVING],
             "links": self.s.agent_count * 2 - self.s.in_state[LINK_CLOSED],
-            "done": sum(self.s.agents[i].is_done for i in range(self.s.agent_count)),
+            "done": done,
+            "pending": pending,
             "errno": self.s.errno_seen,
         }
 

@@ -43,6 +43,6 @@ def play(run: Run, judge: Judge) -> None:
     in_ms = None if in_s is None else in_s * 1e3
     judge.at_most_ms("end of the stall to everyone being in", in_ms, IN_AGAIN_MS)
     judge.equal("sessions in the database at the end", run.stand.ask("rows")["sessions"], run.agents)
-    nothing_missing(total, judge)
+    nothing_missing(run, judge)
     ends = {error or str(code) for code, error in total.closes} - {"unavailable"}
     judge.equal("other reasons for which connections ended", sorted(ends), [])

@@ -33,7 +33,7 @@ def play(run: Run, judge: Judge) -> None:
     judge.equal("agents connected at the end", run.connected(), run.agents)
     judge.equal("sessions in the database at the end", rows["sessions"], run.agents)
     judge.equal("replicas in the database at the end", rows["replicas"], replicas)
-    nothing_missing(total, judge)
+    nothing_missing(run, judge)
     judge.cadence(total.all_groups("cadence"))
     ends = {error for (_, error), _ in total.closes.items()} - {"terminated", "replaced", "left"}
     judge.equal("other reasons for which connections ended", sorted(ends), [])

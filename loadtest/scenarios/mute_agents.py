@@ -41,5 +41,5 @@ def play(run: Run, judge: Judge) -> None:
         "event, NATS publish to agent, rooms of 30", total.by_group["delivery"][SMALL], 0.99, DELIVERY_P99_MS
     )
     judge.cadence(total.by_group["cadence"][SMALL])
-    nothing_missing(total, judge)
+    nothing_missing(run, judge)
     judge.equal("sessions in the database", run.stand.ask("rows")["sessions"], run.agents - 3 * some)

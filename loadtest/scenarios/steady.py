@@ -24,7 +24,7 @@ def play(run: Run, judge: Judge) -> None:
     total = run.record.total
     wanted = sum(members[subject.split(".")[1]] * number for subject, number in numbers.items())
     judge.equal("events received, of those published times members", total.counters["events"], wanted)
-    nothing_missing(total, judge)
+    nothing_missing(run, judge)
     judge.percentile(
         "event, NATS publish to agent, rooms of 30", total.by_group["delivery"][SMALL], 0.99, DELIVERY_P99_MS
     )

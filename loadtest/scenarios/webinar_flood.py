@@ -56,5 +56,5 @@ def play(run: Run, judge: Judge) -> None:
     name = "event, NATS publish to agent, rooms of 30, during the flood"
     judge.percentile(name, flood.by_group["delivery"][SMALL], 0.99, DELIVERY_P99_MS)
     judge.cadence(flood.all_groups("cadence"))
-    nothing_missing(run.record.total, judge)
+    nothing_missing(run, judge)
     count_as_lost(run, judge)

@@ -1,0 +1,152 @@
+"""The swarm against a scripted server: frames in pieces, frames that no gateway sends, and ends without a word."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from loadtest.figures import Figures
+from presence_core.frames import OPCODE_PING, OPCODE_TEXT, Decoder, encode_close, encode_frame
+from presence_swarm import swarm
+from waiting import eventually
+
+UPGRADED = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n"
+SUCCESS = encode_frame(
+    OPCODE_TEXT,
+    b'{"type":"connect_success","payload":{"session_id":1,"agent_id":"a.b.c","ping_interval_ms":30000,"pong_timeout_ms":5000}}',
+)
+REQUEST = b'{"type":"connect_request","payload":{}}' * 5  # long enough for a header of four bytes
+
+Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class Scripted:
+    """A server that upgrades and then does as the test says; what the agents said is kept."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.said = bytearray()
+        self.figures = Figures()
+        self.swarm = swarm.Swarm(1)
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.append(writer)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            self.request = await reader.readuntil(b"\r\n\r\n")
+            await self.script(reader, writer)
+            while data := await reader.read(4096):
+                self.said += data
+
+    async def run(self, predicate: Callable[[], Any]) -> None:
+        async def look() -> Any:
+            await asyncio.to_thread(self.swarm.run, 10)
+            self.figures.add(self.swarm.take())
+            return predicate()
+
+        await eventually(look)
+
+
+@contextlib.asynccontextmanager
+async def scripted(script: Script) -> AsyncIterator[Scripted]:
+    own = Scripted(script)
+    server = await asyncio.start_server(own.serve, "127.0.0.1", 0)
+    own.swarm.set_targets([server.sockets[0].getsockname()[1]])
+    own.swarm.add(REQUEST)
+    try:
+        yield own
+    finally:
+        server.close()
+        for writer in own._writers:
+            writer.close()
+
+
+async def slowly(writer: asyncio.StreamWriter, data: bytes, size: int) -> None:
+    for at in range(0, len(data), size):
+        writer.write(data[at : at + size])
+        await writer.drain()
+        await asyncio.sleep(0.001)
+
+
+def event(number: int, text: str = "") -> bytes:
+    payload = f'{{"at":{swarm.now_ns()},"n":{number},"text":"{text}"}}'
+    return encode_frame(OPCODE_TEXT, f'{{"type":"event","id":"1","subject":"c.x.chat","payload":{payload}}}')
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+async def test_frames_come_in_pieces(size: int) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        words = [
+            UPGRADED,
+            SUCCESS,
+            event(1),
+            encode_frame(OPCODE_PING, b"nonce"),
+            event(2, "x" * 300),
+            event(3, "x" * 70_000),
+        ]
+        await slowly(writer, b"".join(words[:-1]), size)
+        await slowly(writer, words[-1], size * 1000)
+
+    async with scripted(script) as own:
+        await own.run(lambda: own.figures.counters["events"] == 3)
+        await eventually(lambda: len(own.said) >= len(REQUEST) + 8 + 11)
+        assert own.request.startswith(b"GET /ws HTTP/1.1\r\n")
+        assert Decoder().feed(bytes(own.said)) == [(1, REQUEST, 0), (10, b"nonce", 0)]
+        assert own.figures.counters["frames"] == 5
+        assert own.figures.counters["violations"] == own.figures.counters["missing"] == 0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [b"\x81\x81\0\0\0\0x", b"\xc1\x01x", b"\x01\x01x", b"\x89\x7e\x00\x80" + b"x" * 128, b"\x81\x7f" + b"\xff" * 8],
+    ids=["masked", "reserved bits", "fragmented", "long ping", "too long"],
+)
+async def test_frames_that_no_gateway_sends_are_violations(bad: bytes) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(UPGRADED + SUCCESS + bad)
+
+    async with scripted(script) as own:
+        await own.run(lambda: own.figures.counters["violations"])
+        assert (1006, "") in own.figures.closes
+
+
+async def test_a_close_frame_is_answered_and_its_code_kept() -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        error = b'{"type":"unrecoverable_session_error","payload":{"type":"removed","title":"\\"reconnect\\":true","status":410,'
+        error += b'"reconnect":false,"reconnect_after_ms":0}}'
+        writer.write(UPGRADED + SUCCESS + encode_frame(OPCODE_TEXT, error) + encode_close(4507))
+
+    async with scripted(script) as own:
+        await own.run(lambda: own.swarm.gauges()["done"])
+        await eventually(lambda: len(own.said) >= len(REQUEST) + 8 + 8)
+        assert own.figures.closes == {(4507, "removed"): 1}
+        assert Decoder().feed(bytes(own.said))[-1] == (8, b"", 4507)
+
+
+async def test_a_lost_connection_is_made_again() -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(UPGRADED + SUCCESS)
+        await writer.drain()
+        await asyncio.sleep(0.02)
+        writer.close()
+
+    async with scripted(script) as own:
+        await own.run(lambda: own.figures.counters["connects"] >= 2)
+        assert own.figures.closes[1006, ""] >= 1
+        assert own.figures.plain["outage"].count >= 1
+
+
+async def test_an_answer_in_pieces_and_one_that_is_no_upgrade() -> None:
+    answers = [b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\n\r\nno", UPGRADED + SUCCESS]
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await slowly(writer, answers.pop(0) if len(answers) > 1 else answers[0], 5)
+
+    async with scripted(script) as own:
+        await own.run(lambda: own.swarm.gauges()["connected"])
+        assert own.figures.counters["refusals"] == 1
+        assert own.figures.counters["attempts"] == 2
