@@ -73,7 +73,7 @@ def always() -> bool:
 class Request:
     """One agent that wants its session. `only_new`: it does not want it if somebody else has it by now.
 
-    `is_there` says whether the agent still is: for one that has gone no session is taken from elsewhere.
+    `is_there` says whether the agent still is: for one that has gone nobody elsewhere is asked to let go.
     """
 
     __slots__ = (
@@ -230,6 +230,8 @@ class Openings:
                 self._settle_own(request, row[0], row[3])
             elif request.only_new:
                 self._settle(request, None)
+            elif not request.is_there():  # it may have connected elsewhere meanwhile, and must not lose that
+                self._fail(request, TryAgain("the agent has gone"))
             else:
                 request.wanted_id, request.was_told = row[0], True
                 elsewhere[row[4]].append((request, Elsewhere(row[0], row[1], row[2])))
@@ -249,11 +251,8 @@ class Openings:
             log.error("ask_owner_failed", limited=True, error=repr(error), exc_info=error)
         finally:
             self._asked_for -= len(wanted)
-            for request, _ in wanted:
-                if request.is_there():
-                    self._let_go.add(request)
-                else:  # it may have connected elsewhere meanwhile, and must not lose that
-                    self._fail(request, TryAgain("the agent has gone"))
+            for request, _ in wanted:  # gone or not: what its owner has let go has nobody now
+                self._let_go.add(request)
 
     async def _take_over_batch(self, batch: list[Request]) -> None:
         await run_in_parts(batch, self._take_over_part, BadRow, self._fail)
