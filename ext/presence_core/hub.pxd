@@ -17,6 +17,7 @@ cdef enum:
     NOTICES_PER_TURN = 256
     TIMERS_PER_CHECK = 64    # deadlines handled between two looks at the clock
     MEMBERS_PER_TURN = 64    # members of one room served before the next room has its turn
+    BYTES_PER_TURN = 262_144  # or fewer members, when they get much: a send takes as long as its copy
     BATCH_MAX_BYTES = 65536  # events of a room that are joined into one send
     BACKLOG_VECTORS = 64     # buffers handed to one sendmsg
     FRAGMENTS_PER_TOKEN = 256  # so many fragments of a message, beyond those that are free, count as one more message

@@ -12,7 +12,7 @@ import socket
 import struct
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from raw import Raw, dialled, frame, head
 from running import Signer
@@ -54,14 +54,16 @@ async def _listen(place: Place, client: Raw) -> None:
     """Read, and answer pings, for a while or until the gateway closes."""
     until = asyncio.get_running_loop().time() + place.rng.uniform(0, LIFE_MAX_S)
     while (left_s := until - asyncio.get_running_loop().time()) > 0:
-        with suppress(TimeoutError):
+        try:
             async with asyncio.timeout(left_s):
-                opcode, payload = await client.frame(LIFE_MAX_S)
-                if opcode is Opcode.PING:
-                    await client.send(frame(payload, Opcode.PONG))
-                elif opcode is Opcode.CLOSE:
-                    await client.send(frame(payload[:2], Opcode.CLOSE))
-                    return
+                opcode, payload = await client.frame(2 * LIFE_MAX_S)
+        except TimeoutError:
+            return  # in the middle of a frame, perhaps: nothing more can be made of what comes
+        if opcode is Opcode.PING:
+            await client.send(frame(payload, Opcode.PONG))
+        elif opcode is Opcode.CLOSE:
+            await client.send(frame(payload[:2], Opcode.CLOSE))
+            return
 
 
 async def good(place: Place, client: Raw) -> None:
