@@ -100,7 +100,7 @@ async def main() -> None:
             close_timeout_s=0.5,
             auth_timeout_s=1.0,
             max_connections=2_000,
-            max_handshakes=10,
+            max_handshakes=20,
             max_backlog_bytes=65_536,
             max_room_queue_bytes=262_144,
         )

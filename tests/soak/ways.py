@@ -44,8 +44,21 @@ class Place:
         return frame(json.dumps({"type": "connect_request", "payload": payload}))
 
 
+class TurnedAway(ConnectionError):
+    """Too many handshakes at once: the oldest had to go."""
+
+
+async def _upgrade(client: Raw) -> None:
+    await client.send(head())
+    answer = await client.answer(10.0)
+    if answer.status == 408:
+        raise TurnedAway
+    assert answer.status == 101, answer
+
+
 async def _connected(place: Place, client: Raw) -> None:
-    await (await client.upgrade()).send(place.request())
+    await _upgrade(client)
+    await client.send(place.request())
     message = await client.hear(10.0)
     assert message["type"] == "connect_success", message
 
@@ -75,7 +88,8 @@ async def good(place: Place, client: Raw) -> None:
 
 async def vanishing(place: Place, client: Raw) -> None:
     """Gone with a RST, at any time."""
-    await (await client.upgrade()).send(place.request())
+    await _upgrade(client)
+    await client.send(place.request())
     if place.rng.random() < 0.5:
         await client.hear(10.0)
     raw_socket = client.writer.get_extra_info("socket")
@@ -106,14 +120,14 @@ async def flooding(place: Place, client: Raw) -> None:
 
 async def broken(place: Place, client: Raw) -> None:
     """Frames that break the rules, and requests that are none."""
-    await client.upgrade()
+    await _upgrade(client)
     await client.send(place.rng.choice([b"\xff\xff", frame(b"\xff"), frame("x", mask=False), frame("{"), frame("[]")]))
     await client.refused(10.0)
 
 
 async def silent(place: Place, client: Raw) -> None:
     """Upgraded, and never says who it is."""
-    await client.upgrade()
+    await _upgrade(client)
     await client.refused(10.0)
 
 
