@@ -101,6 +101,7 @@ async def test_a_hundred_thousand_half_open_handshakes_a_minute_harm_no_honest_c
         limit = gateway.app.settings.max_handshakes
         assert most <= limit < opened  # so the oldest had to go,
         await eventually(lambda: metric(gateway, "upgrades_total", status="408") >= opened - limit)  # and were told
+    print(f"honest connects: {len(took)}, p99 {sorted(took)[int(0.99 * len(took))] * 1000:.0f} ms of {opened} half open")
     assert len(took) > 50
     assert sorted(took)[int(0.99 * len(took))] < HONEST_P99_S * SCALE, sorted(took)[-5:]
     await eventually(lambda: door.handshakes == 0)
@@ -186,7 +187,7 @@ async def test_a_flood_in_one_classroom_is_bounded_and_told_there_and_nowhere_el
         elsewhere = str(uuid.uuid4())
         other, _ = await gateway.join("other", classroom_id=elsewhere)
         room = gateway.app.fanout._classrooms[gateway.classroom_id].room
-            most = 0
+        most = 0
         for number in range(total):
             subject = f"classrooms.{gateway.classroom_id}.chat"
             await gateway.nats.publish(subject, json.dumps({"n": number, "text": "x" * 300}).encode())
