@@ -145,6 +145,7 @@ class Bus:
         self._rounds = 0
         self._proven_at = -PROOF_LASTS_S  # by perf_counter: all that was sent before has arrived
         self._was_deaf = False
+        self._owes_gap = False  # it is told when the subscriptions of the new connection are proven
         self._tasks: set[asyncio.Task[None]] = set()
         self._keeping: asyncio.Task[None] | None = None
         self._refusal = ""  # why the last server could not be reached: the client's own error only says that none could
@@ -331,6 +332,9 @@ class Bus:
         self._metrics.bus_flush_seconds.observe(time.perf_counter() - current.started)
         current.settle()
         self._kick()
+        if self._owes_gap:
+            self._owes_gap = False
+            self._on_gap()
 
     def _on_late(self, late: Round) -> None:
         if late is self._round:
@@ -419,8 +423,8 @@ class Bus:
             self._client = client
         log.info("nats_back", outgoing=len(self._outgoing))
         self._metrics.bus_reconnects.inc()
-        self._kick()
-        self._on_gap()
+        self._owes_gap = True
+        self._start_round()
 
     async def _drop_client(self) -> None:
         """This connection is over: who waits is refused, what was not proven goes out again on the next."""
