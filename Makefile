@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find ext -name '*.pyx' -o -name '*.pxd')
 SERVE ?=
 TEST ?=
+N ?= 10000
 
-.PHONY: help serve test realtime lint debug-test asan bench image clean
+.PHONY: help serve test lint debug-test asan chaos bench image clean
 
 help: ## What there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -31,6 +32,9 @@ debug-test: $(VENV)/.dev ## The extension's tests on a build with every check on
 
 asan: $(VENV)/.dev ## The extension's tests under AddressSanitizer, UBSan and LeakSanitizer
 	@PYTHON=$(BIN)/python tests/core/asan.sh
+
+chaos: $(VENV)/.dev ## Random faults on clusters of real processes, checked from outside; how many in N=10000
+	@$(BIN)/python -m pytest tests/cluster/test_schedules.py --chaos $(N)
 
 bench: $(VENV)/.bench ## All benchmarks, beside the peers; results in bench/results, the table in the README
 	@$(BIN)/python bench/run.py --update-readme
