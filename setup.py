@@ -28,7 +28,7 @@ MODULES = [
     "upgrade",
 ]
 
-SWARM_MODULES = ["life", "swarm"]  # the load tests' agents
+SWARM_MODULES = ["life", "hearing", "arrivals", "swarm"]  # the load tests' agents
 
 asan = os.environ.get("PRESENCE_ASAN") == "1"
 debug = asan or os.environ.get("PRESENCE_DEBUG") == "1"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -40,7 +40,7 @@ class Axis:
 
 
 def line_chart(
-    series: dict[str, Sequence[tuple[float, float]]],
+    series: Mapping[str, Sequence[tuple[float, float]]],
     *,
     unit: str,
     marks: Sequence[tuple[float, str]] = (),
@@ -65,7 +65,7 @@ def line_chart(
 
 
 def histogram_chart(
-    series: dict[str, Sequence[tuple[float, int]]], *, unit: str, bounds: dict[str, float], floor: float = 0.01
+    series: Mapping[str, Sequence[tuple[float, int]]], *, unit: str, bounds: dict[str, float], floor: float = 0.01
 ) -> str:
     """Counts over a logarithmic axis, on a logarithmic scale, so that the one that was late is seen."""
     bars = [bar for bars in series.values() for bar in bars]

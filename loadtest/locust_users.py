@@ -26,15 +26,15 @@ GROUP_METHODS = {"connect": "CONNECT", "delivery": "EVENT", "cadence": "PING"}
 
 
 def log_many(stats: RequestStats, method: str, name: str, pairs: Iterable[tuple[float, int]]) -> None:
-    """What `stats.log_request` would do for every one of `(milliseconds, count)`."""
+    """What `stats.log_request` would do for every one of `(milliseconds, count)`, fractions of them too."""
     second = int(time.time())
     for value_ms, count in pairs:
         for entry in (stats.total, stats.entries[name, method]):
-            entry.log(value_ms, 0)
+            entry.log(value_ms, 0)  # type: ignore[arg-type]
             more = count - 1
             entry.num_requests += more
             entry.num_reqs_per_sec[second] += more
-            entry.total_response_time += value_ms * more
+            entry.total_response_time += value_ms * more  # type: ignore[assignment]
             entry.response_times[bucket_response_time(value_ms)] += more
 
 
@@ -63,12 +63,11 @@ class SwarmUser(User):
     wait_time = constant(0)
 
     def on_start(self) -> None:
-        run = self.environment.load_run  # type: ignore[attr-defined]
-        self.run = run
-        self.shard = run.shard_of_next_user()
+        self.load_run = self.environment.load_run
+        self.shard = self.load_run.shard_of_next_user()
 
     @task
     def report(self) -> None:
         report = self.shard.reports.get()
-        self.run.on_report(self.shard, report)
-        log_report(self.environment.stats, report, self.run.titles)
+        self.load_run.on_report(self.shard, report)
+        log_report(self.environment.stats, report, self.load_run.titles)

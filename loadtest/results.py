@@ -81,7 +81,7 @@ def cost_of(samples: list[dict[str, Any]]) -> dict[str, str]:
         return {}
 
     def total(sample: dict[str, Any], name: str) -> float:
-        return sum(own[name] for own in sample["replicas"][: len(empty["replicas"])])
+        return float(sum(own[name] for own in sample["replicas"][: len(empty["replicas"])]))
 
     rss = (total(peak, "rss") - total(empty, "rss")) / peak["connected"]
     agent_minutes = 0.0

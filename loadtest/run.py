@@ -6,6 +6,7 @@ Exit status: 0 all bounds kept, 1 one was missed, 2 the run does not count (the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -46,6 +47,14 @@ def command_of(arguments: argparse.Namespace) -> str:
     return "python -m loadtest.run " + " ".join(words)
 
 
+def stay(run: Run) -> None:
+    """The scenario is over; locust's page stays until Ctrl-C."""
+    run.say("over: Ctrl-C writes the report and ends it")
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(1)
+
+
 def main() -> int:
     arguments = parse_arguments()
     timing = QUICK if arguments.quick else REAL
@@ -54,6 +63,8 @@ def main() -> int:
     began = time.time()
     try:
         SCENARIOS[arguments.scenario](run, judge)
+        if arguments.web is not None:
+            stay(run)
     finally:
         run.close()
     doubts = why_not_counted(run.record.shards)

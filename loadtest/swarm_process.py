@@ -85,10 +85,11 @@ class Shard:
     def serve(self) -> None:
         """Run and obey, until stdin is closed."""
         next_report = time.monotonic() + REPORT_EVERY_S
+        orders = open(sys.stdin.fileno(), "rb", buffering=0)  # noqa: SIM115 - unbuffered, so that select knows
         while True:
             self.swarm.run(SLICE_MS)
             while select.select([sys.stdin], [], [], 0)[0]:
-                line = sys.stdin.buffer.raw.readline()  # type: ignore[attr-defined] - unbuffered, so that select knows
+                line = orders.readline()
                 if not line:
                     return
                 answer_with(partial(self.obey, json.loads(line)))

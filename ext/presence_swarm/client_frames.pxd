@@ -19,6 +19,7 @@ from presence_core.payload cimport unmask
 
 cdef enum:
     CLIENT_FRAME_HEADER_BYTES = 14
+    CONTROL_FRAME_BYTES = 131  # the longest
 
 cdef enum server_frame_status:
     SERVER_FRAME_MORE = 0

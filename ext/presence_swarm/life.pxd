@@ -15,6 +15,7 @@ cdef enum:
     MESSAGE_MAX_BYTES = 1048576
     FRAME_MAX_BYTES = 1048592
     REQUEST_MAX_BYTES = 65535
+    CODE_LOST = 1006     # no close frame came
 
 cdef enum:  # behaviours of an agent
     BEHAVES = 0       # as a good client
@@ -124,5 +125,10 @@ cdef void dial_later(swarm *s, agent *a, uint64_t delay_ms) noexcept nogil
 cdef void dial(swarm *s, agent *a) noexcept nogil
 cdef void leave(swarm *s, link *line) noexcept nogil
 cdef void drop_link(swarm *s, link *line) noexcept nogil
-cdef void on_link_ready(swarm *s, link *line, uint32_t events) noexcept nogil
-cdef uint64_t pending_numbers(const agent *a) noexcept nogil
+cdef void enter(swarm *s, link *line, uint8_t state) noexcept nogil
+cdef void watch(swarm *s, link *line, uint32_t events) noexcept nogil
+cdef bint transmit(swarm *s, link *line, const uint8_t *data, size_t size) noexcept nogil
+cdef void on_dialled(swarm *s, link *line) noexcept nogil
+cdef size_t on_answer(swarm *s, link *line, const uint8_t *data, size_t size, uint64_t at_ns) noexcept nogil
+cdef void refuse(swarm *s, link *line) noexcept nogil
+cdef void end_link(swarm *s, link *line, uint16_t code, uint64_t at_ns) noexcept nogil

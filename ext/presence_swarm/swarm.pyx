@@ -21,8 +21,10 @@ from presence_core.system cimport (
     monotonic_ns,
 )
 from presence_core.wheel cimport WHEEL_NEVER, wheel_entry, wheel_entry_init, wheel_init, wheel_next, wheel_pop, wheel_start
+from presence_swarm.arrivals cimport on_link_ready
 from presence_swarm.client_frames cimport CLIENT_FRAME_HEADER_BYTES, write_client_frame
 from presence_swarm.durations cimport DURATION_BUCKETS, durations, durations_add, duration_floor
+from presence_swarm.hearing cimport pending_numbers
 from presence_swarm.life cimport (
     BEHAVES,
     FRAME_MAX_BYTES,
@@ -44,8 +46,6 @@ from presence_swarm.life cimport (
     leave,
     link,
     next_random,
-    on_link_ready,
-    pending_numbers,
     swarm,
 )
 from presence_swarm.sockets cimport clock_offset_ns

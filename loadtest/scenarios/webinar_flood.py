@@ -44,10 +44,10 @@ def play(run: Run, judge: Judge) -> None:
     run.publish([WEBINAR], per_s, publisher=1)
     run.settle()
     flood = run.record.open_window("flood")
-    began_ns = run.record.seconds and max(run.record.seconds)
+    began_s = max(run.record.seconds)
     run.rest(FLOOD_S)
     run.record.close_window("flood")
-    took_s = max(run.record.seconds) - began_ns
+    took_s = max(run.record.seconds) - began_s
     run.hush()
     run.settle()
     frames = flood.by_group["delivery"][LARGE].count / max(1, took_s)

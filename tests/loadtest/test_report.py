@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
-
 from loadtest.charts import histogram_chart, line_chart
 from loadtest.compare import compare
 from loadtest.figures import FLOORS_NS, Histogram, Record, ShardFigures
 from loadtest.report import page
 from loadtest.verdicts import Judge, why_not_counted
+
 from presence_swarm import swarm
 
 
@@ -40,7 +41,7 @@ def report(**changed: Any) -> dict[str, Any]:
 
 def test_buckets_ascend_and_are_narrow() -> None:
     assert FLOORS_NS[:3] == [0, 1, 2]
-    for lower, upper in zip(FLOORS_NS, FLOORS_NS[1:], strict=False):
+    for lower, upper in pairwise(FLOORS_NS):
         assert lower < upper <= max(lower + 1, lower * (1 + 1 / 64) + 1)
 
 
@@ -125,7 +126,7 @@ def result(*, passed: bool = True) -> dict[str, Any]:
         "marks": [[0.5, "begins & ends"]],
         "replicas": {"replica 0": [[0.0, 1_000_000, 0.1], [1.0, 2_000_000, 0.2]]},
         "swarm": {
-            "shard 0": {k: 0.1 for k in ("lag_p99_ms", "lag_most_ms", "stall_most_ms", "busiest_share", "share")}
+            "shard 0": dict.fromkeys(("lag_p99_ms", "lag_most_ms", "stall_most_ms", "busiest_share", "share"), 0.1)
         },
     }
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loadtest.figures import Figures
 from running import Running, running_gateway
 
-from loadtest.figures import Figures
 from presence_swarm import swarm
 from waiting import SCALE
 

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
-
 from loadtest.figures import Figures
+
 from presence_core.frames import OPCODE_PING, OPCODE_TEXT, Decoder, encode_close, encode_frame
 from presence_swarm import swarm
 from waiting import eventually
