@@ -184,8 +184,26 @@ class Crowd:
 
     # --- connected
 
-    def drain(self, go: bytes, expected_bytes: int, timeout_s: float = 120.0) -> Outcome:
+    def say(self, payload: bytes) -> None:
+        """Each member sends this message."""
+        frame = text_frame(payload)
+        for member in self.members.values():
+            member.sock.send(frame)
+
+    def read_away(self, quiet_s: float) -> None:
+        """Read and throw away what comes, until nothing has come for so long."""
+        poll = select.epoll()
+        for fd in self.members:
+            poll.register(fd, select.EPOLLIN)
+        while ready := poll.poll(quiet_s):
+            for fd, _ in ready:
+                self.members[fd].sock.recv(1 << 16)
+        poll.close()
+
+    def drain(self, go: bytes, expected_bytes: int, *, slack_bytes: int = 0, timeout_s: float = 120.0) -> Outcome:
         """Send `go` on the first socket, then read and throw away until this many bytes have come over all of them.
+
+        Up to `slack_bytes` more may come, of a server that does not always put as much around an event.
 
         It looks at the sockets at a fixed pace. A reader that waits for each frame is woken by each frame, at the sender's
         expense, unless the sender is fast enough to keep it busy: slow servers would look slower still.
@@ -196,7 +214,7 @@ class Crowd:
             poll.register(fd, select.EPOLLIN)
         room, left = bytearray(1 << 18), expected_bytes
         started, cpu_s = time.perf_counter(), time.process_time()
-        next(iter(socks.values())).send(text_frame(go))
+        next(iter(socks.values())).sendall(text_frame(go))
         while left > 0:
             if time.perf_counter() - started > timeout_s:
                 raise TimeoutError(f"{left} of {expected_bytes} bytes have not come after {timeout_s} s")
@@ -208,7 +226,7 @@ class Crowd:
                 left -= size
         outcome = Outcome(took_s=time.perf_counter() - started, client_cpu_s=time.process_time() - cpu_s)
         poll.close()
-        if left < 0:
+        if -left > slack_bytes:
             raise AssertionError(f"{-left} bytes too many")
         return outcome
 

@@ -1,5 +1,7 @@
 """One room: frames a second when every event is sent on its own, and events a second when they come in bursts of ten.
 
+nats-server joins events as it sees fit: it is measured with all of them at once, beside the others' bursts.
+
 From the message that starts it to the last byte at the last member, all read by the same client. The bare C loop shows what
 the kernel alone takes on this machine, in this run.
 """
@@ -8,14 +10,20 @@ from __future__ import annotations
 
 import tempfile
 
-from clients import Crowd
+from clients import Crowd, Outcome
 from figures import Figures
-from peers import BARE_C, FANOUT_SERVERS, is_installed
+from peers import BARE_C, FANOUT_SERVERS, NATS_SERVER, is_installed
 from processes import Server, compiled
 
 IN_FLIGHT = 200
-FRAME_BYTES = 4 + 190
+PAYLOAD_BYTES = 190
+FRAME_BYTES = 4 + PAYLOAD_BYTES
 BURST = 10
+
+NATS_HELLO = b'CONNECT {"verbose":false}\r\nSUB room 1\r\n'
+NATS_PUB = b"PUB room %d\r\n%s\r\n" % (PAYLOAD_BYTES, b"x" * PAYLOAD_BYTES)
+NATS_MSG_BYTES = len(b"MSG room 1 %d\r\n" % PAYLOAD_BYTES) + PAYLOAD_BYTES + 2
+NATS_QUIET_S = 0.3  # then all subscriptions are there, or all has come
 
 FRAMES = "fan-out, one by one"
 BURSTS = "fan-out, bursts of 10"
@@ -36,21 +44,43 @@ def measure_fanout(figures: Figures, *, rounds: int, members: int, events: int) 
                 if is_installed(who, figures):
                     with Server(*command) as server, Crowd(server.port) as crowd:
                         _measure(figures, server, crowd, who, members, events)
-                    rate = figures.of(FRAMES)[who].values[-1]
-                    print(f"round {number + 1}: {who}: {rate:,.0f} frames/s", flush=True)
+                    rates = [
+                        f"{series[who].values[-1]:,.0f}"
+                        for name in (FRAMES, BURSTS)
+                        if who in (series := figures.of(name))
+                    ]
+                    print(f"round {number + 1}: {who}: {' frames/s, in bursts '.join(rates)} events/s", flush=True)
 
 
 def _measure(figures: Figures, server: Server, crowd: Crowd, who: str, members: int, events: int) -> None:
     opened = crowd.connect(members, in_flight=IN_FLIGHT)
     if opened.failures:
         raise RuntimeError(f"{who}: {opened.failures}")
+    if who == NATS_SERVER:
+        _measure_nats(figures, server, crowd, events)
+        return
     for figure, burst in ((FRAMES, 1), (BURSTS, BURST)):
         cpu_s = server.cpu_s()
         outcome = crowd.drain(b"%d %d" % (events, burst), members * events * FRAME_BYTES)
-        figures.add(
-            figure,
-            who,
-            members * events / outcome.took_s,
-            client_share=outcome.client_share,
-            server_share=(server.cpu_s() - cpu_s) / outcome.took_s,
-        )
+        _add(figures, figure, who, members * events, outcome, server.cpu_s() - cpu_s)
+
+
+def _measure_nats(figures: Figures, server: Server, crowd: Crowd, events: int) -> None:
+    """Members that are NATS clients; one of them publishes everything at once."""
+    deliveries = len(crowd.members) * events
+    crowd.say(NATS_HELLO)
+    crowd.read_away(NATS_QUIET_S)
+    cpu_s = server.cpu_s()
+    frames_bytes = (2 + 8) * deliveries  # at the most: one WebSocket frame for each event
+    outcome = crowd.drain(NATS_PUB * events, deliveries * NATS_MSG_BYTES, slack_bytes=frames_bytes)
+    _add(figures, BURSTS, NATS_SERVER, deliveries, outcome, server.cpu_s() - cpu_s)
+
+
+def _add(figures: Figures, figure: str, who: str, deliveries: int, outcome: Outcome, server_cpu_s: float) -> None:
+    figures.add(
+        figure,
+        who,
+        deliveries / outcome.took_s,
+        client_share=outcome.client_share,
+        server_share=server_cpu_s / outcome.took_s,
+    )

@@ -12,6 +12,7 @@ PRESENCE = "Presence"  # the hub alone, or the gateway
 PICOWS = "picows, stock"
 WEBSOCKETS = "websockets"
 UWEBSOCKETS = "uWebSockets (socketify)"
+NATS_SERVER = "nats-server ws"
 BARE_C = "bare C, send(2)"
 
 NEEDS = {PICOWS: "picows", WEBSOCKETS: "websockets", UWEBSOCKETS: "socketify"}
@@ -26,6 +27,9 @@ SOCKET_SERVERS: dict[str, tuple[str, ...]] = {
 FANOUT_SERVERS: dict[str, tuple[str, ...]] = {
     PRESENCE: ("bench/fanout_server.py",),
     PICOWS: ("bench/peers/picows_fanout.py",),
+    WEBSOCKETS: ("bench/peers/websockets_fanout.py",),
+    UWEBSOCKETS: ("bench/peers/socketify_fanout.py",),
+    NATS_SERVER: ("bench/peers/nats_ws.py",),
     BARE_C: ("bench/peers/bare.c",),
 }
 

@@ -1,8 +1,8 @@
 """The peer: uWebSockets under its Python binding, without compression and idle timeouts; the port is chosen here."""
 
-import socket
 from typing import Any
 
+from ports import free_port
 from socketify import App, CompressOptions, OpCode
 
 IDLE_TIMEOUT_S = 0  # none: it would ping
@@ -10,13 +10,6 @@ IDLE_TIMEOUT_S = 0  # none: it would ping
 
 def echo(connection: Any, message: str | bytes, opcode: OpCode) -> None:
     connection.send(message, opcode)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def main() -> None:
