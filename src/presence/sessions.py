@@ -103,7 +103,9 @@ class Sessions:
         self._turns = Turns()
         self._end: Callable[[Agent, Reason], None]
         self._parked: dict[int, Parked] = {}
+        self._parking_is_over = False
         self._unannounced: set[int] = set()  # sessions whose agent.enter was never published
+        self._come_backs = 0
 
     def use(self, end: Callable[[Agent, Reason], None]) -> None:
         """`end` ends a connection for a reason: who knows how is built on top of this, and comes last."""
@@ -134,6 +136,13 @@ class Sessions:
 
     async def _open(self, agent: Agent, predecessor: Agent | None, welcome: Callable[[Agent, int, Room], bool]) -> None:
         assert agent.classroom_id is not None
+        come_backs = self._come_backs
+
+        def welcome_still(agent: Agent, session_id: int, room: Room) -> bool:
+            if come_backs != self._come_backs:  # its row was swept, and it was not here yet to be brought back
+                raise Unavailable
+            return welcome(agent, session_id, room)
+
         try:
             session = await self._store.open_session(agent.agent_id, agent.classroom_id, is_there=lambda: agent.is_open)
         except BaseException:
@@ -146,7 +155,7 @@ class Sessions:
         if not silent:
             self._unannounced.add(session.session_id)
         try:
-            await self._enter(agent, session.session_id, session.started_at, silent, welcome)
+            await self._enter(agent, session.session_id, session.started_at, silent, welcome_still)
             if predecessor is not None:
                 self._bus.release(agent.classroom_id)
         except BaseException as error:
@@ -219,6 +228,7 @@ class Sessions:
 
     async def come_back(self) -> None:
         """This replica was swept and has a new identity: its live agents get new sessions, as they never left."""
+        self._come_backs += 1
         agents = list(self._fanout.agents())
         for start in range(0, len(agents), RESTORED_AT_ONCE):
             await asyncio.gather(*(self._restore(agent) for agent in agents[start : start + RESTORED_AT_ONCE]))
@@ -252,6 +262,8 @@ class Sessions:
         while rows := await self._store.owned(last_id):
             owned.update((row.session_id, row) for row in rows)
             last_id = rows[-1].session_id
+        if not await self._store.heartbeat():
+            return  # swept meanwhile, and the rows with it: the agents are to be brought back
         for session_id, agent in here.items():
             if session_id not in owned and agent.session_id == session_id:
                 assert agent.classroom_id is not None
@@ -287,12 +299,16 @@ class Sessions:
         try:
             if self._fanout.agent_in(agent.classroom_id, agent.agent_id) is agent:
                 self._forget(agent)
-                self._parked[agent.session_id] = Parked(reason.type, ended_at)
+                if self._parking_is_over:
+                    await self._store.close_session(agent.session_id, reason.type, ended_at)
+                else:
+                    self._parked[agent.session_id] = Parked(reason.type, ended_at)
         finally:
             self._turns.give(key)
 
     def close_parked(self) -> None:
         """Whoever has not come back anywhere has left. Rows that were taken are no longer ours: nothing happens to them."""
+        self._parking_is_over = True
         parked, self._parked = self._parked, {}
         for session_id, end in parked.items():
             self._store.close_later(session_id, end.reason, end.ended_at)

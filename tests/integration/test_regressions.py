@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
+from uuid import UUID
 
 import pytest
-from running import running_gateway
+from running import Running, running_gateway
 
+from presence.store import SessionRow
 from proxy import Proxy
 from servers import NatsServer
-from waiting import within
+from waiting import eventually, within
 
 
 async def test_a_gap_is_told_when_the_subscriptions_are_active_again(
@@ -41,3 +44,79 @@ async def test_a_gap_is_told_when_the_subscriptions_are_active_again(
         client = await gateway.reconnect_nats()
         await client.publish(f"classrooms.{gateway.classroom_id}.chat", b'"after the gap"')
         assert (await agent.hear())["payload"] == "after the gap"
+
+
+OPTIONS = {"drain_timeout_s": 0.5, "lease_ttl_s": 3.0}
+
+
+@pytest.fixture
+async def one(tmp_path: Path, nats_url: str, database_url: str) -> AsyncIterator[Running]:
+    async with running_gateway(tmp_path, nats_url, database_url, **OPTIONS) as running:
+        yield running
+
+
+@pytest.fixture
+async def two(one: Running, tmp_path: Path, nats_url: str, database_url: str) -> AsyncIterator[Running]:
+    async with running_gateway(tmp_path, nats_url, database_url, signer=one.signer, **OPTIONS) as running:
+        running.classroom_id = one.classroom_id
+        await eventually(lambda: one.app.lease.has_others)
+        yield running
+
+
+async def test_a_session_that_would_be_parked_too_late_is_closed(one: Running, two: Running) -> None:
+    """A turn may be taken for longer than the drain lasts."""
+    agent, success = await one.join("alice")
+    key = UUID(one.classroom_id), success["agent_id"]
+    turns = one.app.sessions._turns
+    await turns.take(key)
+    draining = asyncio.create_task(one.app.drain())
+    await eventually(lambda: one.app.lives.parks)
+    await agent.socket.close()
+    await eventually(lambda: one.app.lives.draining and not one.app.lives.parks)
+    turns.give(key)
+    assert await within(draining)
+    assert await one.rows() == []
+
+
+async def test_a_connect_under_way_while_its_replica_is_swept_gets_a_row(one: Running) -> None:
+    bus = one.app.bus
+    subscribe, subscribing, swept = bus.subscribe, asyncio.Event(), asyncio.Event()
+
+    async def wait_for_the_sweep(classroom_id: UUID) -> None:
+        subscribing.set()
+        await swept.wait()
+        await subscribe(classroom_id)
+
+    bus.subscribe = wait_for_the_sweep  # type: ignore[method-assign]
+    first_id = one.app.replica_id
+    agent = await one.dial()
+    await agent.say(one.request("alice"))
+    await within(subscribing.wait())
+    await one.database.execute("WITH s AS (DELETE FROM agent_session) DELETE FROM replica")
+    await eventually(lambda: one.app.replica_id != first_id)
+    await eventually(lambda: not one.app.store.swept.is_set())
+    swept.set()
+    message = await agent.hear()
+    if message["type"] == "connect_success":
+        [row] = await eventually(one.rows)
+        assert row["replica_id"] == one.app.replica_id
+    else:
+        assert message["type"] == "recoverable_session_error"
+
+
+async def test_a_replica_that_is_swept_while_it_looks_at_its_rows_replaces_nobody(one: Running) -> None:
+    agent, _ = await one.join("alice")
+    store = one.app.store
+    owned, first_id = store.owned, one.app.replica_id
+
+    async def owned_after_a_pause(after_id: int = 0, limit: int = 1000) -> list[SessionRow]:
+        store.owned = owned  # type: ignore[method-assign]
+        await one.database.execute("WITH s AS (DELETE FROM agent_session) DELETE FROM replica")
+        return await owned(after_id, limit)
+
+    store.owned = owned_after_a_pause  # type: ignore[method-assign]
+    one.app.lease._must_reconcile = True
+    await eventually(lambda: one.app.replica_id != first_id, 10)
+    [row] = await eventually(one.rows)
+    assert row["replica_id"] == one.app.replica_id
+    assert agent.socket.close_code is None
