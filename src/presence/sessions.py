@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 log = get("sessions")
 
 RESTORED_AT_ONCE: Final = 512
+LET_GO_S: Final = 3.0  # whoever asked for a session has taken it by then, or has failed
 ORPHAN_AGE: Final = timedelta(seconds=60)  # a row that nobody here knows may be one that is just being made
 
 Key = tuple[UUID, str]
@@ -104,6 +106,7 @@ class Sessions:
         self._end: Callable[[Agent, Reason], None]
         self._parked: dict[int, Parked] = {}
         self._parking_is_over = False
+        self._let_go: dict[Key, int] = {}  # sessions whose rows are still here, as far as is known, for others to take
         self._unannounced: set[int] = set()  # sessions whose agent.enter was never published
         self._come_backs = 0
 
@@ -127,6 +130,10 @@ class Sessions:
             await self._bus.prove()  # a row whose enter cannot be told would go to another replica in silence
             if not agent.is_open:
                 raise Gone
+            if (let_go := self._let_go.get(key)) is not None:
+                # To carry it on would lose it to whoever asked for it, unnoticed: this will be a new one.
+                await self._store.close_session(let_go, reasons.REPLACED.type, datetime.now(UTC))
+                self._let_go.pop(key, None)
             predecessor = self._fanout.agent_in(agent.classroom_id, agent.agent_id)
             if predecessor is not None:
                 self._end(predecessor, reasons.REPLACED)
@@ -207,16 +214,27 @@ class Sessions:
         key = classroom_id, agent_id
         await self._turns.take(key)
         try:
-            self._parked.pop(session_id, None)
+            is_held = self._parked.pop(session_id, None) is not None
             agent = self._fanout.agent_in(classroom_id, agent_id)
             if agent is not None and agent.session_id == session_id:
                 if agent.told:
                     return True  # of the drain: it hears its events here until it is in over there, and drops this one itself
                 self._end(agent, reasons.REPLACED)
                 self._forget(agent)
+                is_held = True
+            if is_held:
+                self._let_go[key] = session_id
+                asyncio.get_running_loop().call_later(LET_GO_S, self._close_let_go, key, session_id, datetime.now(UTC))
             return session_id not in self._unannounced and not self._store.is_untold(classroom_id, agent_id, session_id)
         finally:
             self._turns.give(key)
+
+    def _close_let_go(self, key: Key, session_id: int, ended_at: datetime) -> None:
+        """A row that was taken is no longer ours: nothing happens to it. One that was not has nobody."""
+        if self._let_go.get(key) == session_id:
+            del self._let_go[key]
+            with suppress(Unavailable):  # at the bound: `reconcile` finds it
+                self._store.close_later(session_id, reasons.LOST.type, ended_at)
 
     def remove(self, classroom_id: UUID, agent_id: str, session_id: int | None = None) -> bool:
         """End an agent's session for an operator; False when it is not here."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from uuid import UUID
 
 import pytest
-from running import Running, running_gateway
+from running import Overheard, Running, running_gateway
 
-from presence.store import SessionRow
+from presence.store import Elsewhere, SessionRow
 from proxy import Proxy
 from servers import NatsServer
 from waiting import eventually, within
@@ -120,3 +120,41 @@ async def test_a_replica_that_is_swept_while_it_looks_at_its_rows_replaces_nobod
     [row] = await eventually(one.rows)
     assert row["replica_id"] == one.app.replica_id
     assert agent.socket.close_code is None
+
+
+async def test_a_session_that_was_let_go_and_not_taken_ends_within_seconds(one: Running, two: Running) -> None:
+    """Whoever asked for it may have died: its row must not stay in the rosters."""
+    overheard = await Overheard(one.nats).listen(f"classrooms.{one.classroom_id}.agent")
+    agent, success = await one.join("alice")
+    row = Elsewhere(success["session_id"], UUID(one.classroom_id), success["agent_id"])
+    assert await two.app.owners.ask(one.app.replica_id, [row]) == []
+    assert await agent.error() == ("replaced", 4505)
+    assert await within(one.reason_of(success["session_id"]), 10) == "lost"
+    assert await one.rows() == []
+    await one.nats.flush()
+    assert [kind for kind, _ in overheard.events()] == ["agent.enter", "agent.leave"]
+
+
+async def test_who_comes_back_before_its_session_is_taken_elsewhere_is_not_left_without_a_row(
+    one: Running, two: Running
+) -> None:
+    await one.join("alice")
+    newcomer = await two.dial()
+    openings = two.app.store._openings
+    ask, asked, go_on = openings._ask_owner, asyncio.Event(), asyncio.Event()
+
+    async def ask_and_pause(owner: UUID, sessions: Sequence[Elsewhere]) -> Sequence[int]:
+        untold = await ask(owner, sessions)
+        asked.set()
+        await go_on.wait()
+        return untold
+
+    openings._ask_owner = ask_and_pause
+    await newcomer.say(two.request("alice"))
+    await within(asked.wait())
+    again, _ = await one.join("alice")
+    go_on.set()
+    assert (await newcomer.hear())["type"] == "connect_success"
+    assert await again.error() == ("replaced", 4505)
+    [row] = await one.rows()
+    assert row["replica_id"] == two.app.replica_id
