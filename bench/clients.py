@@ -83,6 +83,7 @@ class Crowd:
         self.address = ("127.0.0.1", port)
         self.request = upgrade_request(port, path)
         self.members: dict[int, Member] = {}  # the connected ones, by descriptor
+        self.read_bytes = 0  # and thrown away
         self.lost = 0  # connected ones that the server has closed
         self._connecting: dict[int, Member] = {}
         self._poll = select.epoll()  # of those that connect
@@ -190,14 +191,19 @@ class Crowd:
         for member in self.members.values():
             member.sock.send(frame)
 
-    def read_away(self, quiet_s: float) -> None:
-        """Read and throw away what comes, until nothing has come for so long."""
+    def read_away(self, quiet_s: float, *, at_most_s: float = 10.0) -> None:
+        """Read and throw away what comes, at the pace of `drain`, until nothing has come for so long."""
         poll = select.epoll()
         for fd in self.members:
             poll.register(fd, select.EPOLLIN)
-        while ready := poll.poll(quiet_s):
+        room, until = bytearray(1 << 18), time.perf_counter() + at_most_s
+        while time.perf_counter() < until and (ready := poll.poll(quiet_s, len(self.members))):
             for fd, _ in ready:
-                self.members[fd].sock.recv(1 << 16)
+                size = self.members[fd].sock.recv_into(room)
+                if size == 0:
+                    raise ConnectionError("the server has closed a socket")
+                self.read_bytes += size
+            time.sleep(DRAIN_EVERY_S)
         poll.close()
 
     def drain(self, go: bytes, expected_bytes: int, *, slack_bytes: int = 0, timeout_s: float = 120.0) -> Outcome:

@@ -30,6 +30,7 @@ class Server:
         for line in self.process.stdout:
             if match := re.search(r"listening on (\d+)", line):
                 self.port = int(match[1])
+                self.ready = {name: int(port) for name, port in re.findall(r"(\w+) on (\d+)", line)}
                 return
         raise RuntimeError(f"{command} ended with status {self.process.wait()}")
 

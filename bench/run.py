@@ -1,6 +1,6 @@
-"""All benchmarks, beside the peers: the parts, sockets, agents and fan-out; JSON in bench/results, one table on stdout.
+"""All benchmarks, beside the peers: the parts, sockets, agents, fan-out and flood; JSON in bench/results, one table on stdout.
 
-    python bench/run.py [--quick] [--only parts|sockets|agents|fanout] [--update-readme]
+    python bench/run.py [--quick] [--only parts|sockets|agents|fanout|flood] [--update-readme]
 
 The full run takes six to nine minutes; it opens as many sockets as the descriptor limit allows, 18,000 at the most, all of
 them on loopback addresses.
@@ -20,6 +20,7 @@ from typing import Any
 
 from fanout import measure_fanout
 from figures import Figures
+from flood import measure_flood
 from parts import measure_parts
 from processes import ROOT, commit, machine
 from sockets import measure_agents, measure_sockets
@@ -38,10 +39,11 @@ class Scale:
     sockets: int
     members: int
     events: int
+    crowd: int
 
 
-FULL = Scale(rounds=3, sockets=18_000, members=5_000, events=200)
-QUICK = Scale(rounds=1, sockets=12_000, members=2_000, events=100)
+FULL = Scale(rounds=3, sockets=18_000, members=5_000, events=200, crowd=10_000)
+QUICK = Scale(rounds=1, sockets=12_000, members=2_000, events=100, crowd=3_000)
 
 
 def main() -> None:
@@ -56,10 +58,12 @@ def main() -> None:
         "fanout": lambda: measure_fanout(
             figures, rounds=scale.rounds, members=min(scale.members, sockets), events=scale.events
         ),
+        "flood": lambda: measure_flood(figures, rounds=scale.rounds, crowd_size=min(scale.crowd, sockets)),
     }
     about = {"commit": commit(), "machine": machine(), "taken_at": datetime.now(UTC).isoformat(timespec="seconds")}
     about["load_before"] = round(os.getloadavg()[0], 2)
     about |= {"rounds": scale.rounds, "sockets": sockets, "members": scale.members, "events": scale.events}
+    about["crowd"] = min(scale.crowd, sockets)
     for name, measure in parts.items():
         if arguments.only in {None, name}:
             measure()
@@ -75,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="one round of everything, on fewer sockets: a minute or two"
     )
-    parser.add_argument("--only", choices=["parts", "sockets", "agents", "fanout"], help="one part of it")
+    parser.add_argument("--only", choices=["parts", "sockets", "agents", "fanout", "flood"], help="one part of it")
     parser.add_argument("--update-readme", action="store_true", help=f"put the table between {BEGIN} and {END}")
     arguments = parser.parse_args()
     if arguments.update_readme and arguments.only:
@@ -98,7 +102,8 @@ def heading(about: dict[str, Any]) -> str:
         f"{about['taken_at'][:10]}, commit {about['commit']}, {computer['cores']} cores of {computer['cpu']}, "
         f"Linux {computer['kernel']}, Python {computer['python']}; client, servers, PostgreSQL and NATS share the machine. "
         f"{about['sockets']:,} sockets, 200 connects in flight; fan-out to one room of {about['members']:,}, "
-        f"{about['events']} events of 190 B; {about['rounds']} round{'s' if about['rounds'] > 1 else ''}."
+        f"{about['events']} events of 190 B; "
+        f"flood of a crowd of {about['crowd']:,}; {about['rounds']} round{'s' if about['rounds'] > 1 else ''}."
         + (f" **Others were at work (load {about['load_before']}).**" if about["load_before"] > QUIET_LOAD else "")
     )
 

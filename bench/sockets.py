@@ -98,7 +98,10 @@ class Tokens:
 
     def _request(self, number: int, expires: int) -> bytes:
         classroom_id = str(uuid.uuid5(uuid.NAMESPACE_DNS, f"classroom-{number // AGENTS_PER_CLASSROOM}"))
-        claims = {"sub": f"student-{number}", "aud": "presence", "exp": expires, "classrooms": [classroom_id]}
-        token = jwt.encode(claims, self.key, "ES256", {"kid": "bench"})
+        return self.request(number, classroom_id, expires)
+
+    def request(self, number: int, classroom_id: str, expires: int | None = None) -> bytes:
+        claims = {"sub": f"student-{number}", "aud": "presence", "exp": expires or int(time.time()) + 3600}
+        token = jwt.encode({**claims, "classrooms": [classroom_id]}, self.key, "ES256", {"kid": "bench"})
         payload = {"token": token, "classroom_id": classroom_id, "agent_label": "web"}
         return json.dumps({"type": "connect_request", "payload": payload}).encode()

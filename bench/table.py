@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import fanout
+import flood
 import sockets
 from figures import Figures, Series
 from peers import PRESENCE
@@ -62,6 +63,10 @@ ROWS = (
     Row("fan-out, one event a send, frames/s", fanout.FRAMES, True, 250_000),
     Row("one frame of it, µs of the server's CPU", fanout.FRAMES, False, digits=1, as_server_us=True),
     Row("fan-out, bursts of 10, events/s", fanout.BURSTS, True),
+    Row("event to a room of 30, no flood, p99, ms", flood.QUIET_P99_MS, False, digits=1),
+    Row("event to a room of 30, a crowd is flooded, p99, ms", flood.FLOODED_P99_MS, False, 25, digits=1),
+    Row("pings meanwhile: p99.9 within ms of their time", flood.PING_LATENESS_MS, False, 50),
+    Row("deliveries/s to the flooded crowd", flood.DELIVERED, True),
 )
 PART_ROWS = (
     *(
