@@ -28,7 +28,7 @@ from presence_swarm import swarm
 
 AGENTS_PER_SHARD = 9_000  # in a drain each has two sockets, and a process has 20,000 descriptors
 SAMPLE_EVERY_S = 1.0
-POLL_S = 0.1
+POLL_S = 0.2
 REPORTED_S = 1.2  # by then every shard has reported what came before
 
 

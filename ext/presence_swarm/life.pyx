@@ -180,7 +180,7 @@ cdef size_t on_answer(swarm *s, link *line, const uint8_t *data, size_t size, ui
     enter(s, line, LINK_WAITING)
     if a.behaviour != SAYS_NOTHING and not transmit(s, line, a.request, a.request_bytes):
         end_link(s, line, CODE_LOST, at_ns)
-    return <size_t> (rest - data)
+    return <size_t> rest - <size_t> data
 
 
 # --- the end

@@ -76,7 +76,7 @@ cdef inline void read_stamp(const uint8_t *data, size_t size, event_stamp *stamp
     stamp.number = 0
     if at != NULL:
         stamp.sent_ns = number_at(at, end)
-        stamp.number = number_behind(at, <size_t> (end - at), b'"n":')
+        stamp.number = number_behind(at, <size_t> end - <size_t> at, b'"n":')
 
 
 cdef inline void read_error(const uint8_t *data, size_t size, session_error *error) noexcept nogil:
