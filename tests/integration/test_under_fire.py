@@ -101,7 +101,9 @@ async def test_a_hundred_thousand_half_open_handshakes_a_minute_harm_no_honest_c
         limit = gateway.app.settings.max_handshakes
         assert most <= limit < opened  # so the oldest had to go,
         await eventually(lambda: metric(gateway, "upgrades_total", status="408") >= opened - limit)  # and were told
-    print(f"honest connects: {len(took)}, p99 {sorted(took)[int(0.99 * len(took))] * 1000:.0f} ms of {opened} half open")
+    print(
+        f"honest connects: {len(took)}, p99 {sorted(took)[int(0.99 * len(took))] * 1000:.0f} ms of {opened} half open"
+    )
     assert len(took) > 50
     assert sorted(took)[int(0.99 * len(took))] < HONEST_P99_S * SCALE, sorted(took)[-5:]
     await eventually(lambda: door.handshakes == 0)
