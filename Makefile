@@ -7,8 +7,11 @@ SOURCES := pyproject.toml setup.py $(shell find ext -name '*.pyx' -o -name '*.px
 SERVE ?=
 TEST ?=
 N ?= 10000
+SECONDS ?= 600
+SCENARIO ?= lesson_start
+LOADTEST ?=
 
-.PHONY: help serve test lint debug-test asan chaos bench image clean
+.PHONY: help serve test lint debug-test asan chaos fuzz soak loadtest bench image clean
 
 help: ## What there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -35,6 +38,15 @@ asan: $(VENV)/.dev ## The extension's tests under AddressSanitizer, UBSan and Le
 
 chaos: $(VENV)/.dev ## Random faults on clusters of real processes, checked from outside; how many in N=10000
 	@$(BIN)/python -m pytest tests/cluster/test_schedules.py --chaos $(N)
+
+fuzz: $(VENV)/.dev ## The decoder and the hub's input path, from a kept corpus; how long in SECONDS=600
+	@$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS)
+
+soak: $(VENV)/.dev ## A gateway under everything at random, until all tables are empty again; how long in SECONDS=600
+	@$(BIN)/python tests/soak/soak.py --seconds $(SECONDS)
+
+loadtest: $(VENV)/.dev ## A load test with its bounds and its report; which in SCENARIO=lesson_start, options in LOADTEST="--agents 3000"
+	@$(BIN)/python -m loadtest.run $(SCENARIO) $(LOADTEST)
 
 bench: $(VENV)/.bench ## All benchmarks, beside the peers; results in bench/results, the table in the README
 	@$(BIN)/python bench/run.py --update-readme
