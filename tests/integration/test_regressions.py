@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from running import Overheard, Running, running_gateway
+from store_kit import replica_of, tables_of
 
 from presence.store import Elsewhere, SessionRow
 from proxy import Proxy
@@ -158,3 +159,35 @@ async def test_who_comes_back_before_its_session_is_taken_elsewhere_is_not_left_
     assert await again.error() == ("replaced", 4505)
     [row] = await one.rows()
     assert row["replica_id"] == two.app.replica_id
+
+
+async def test_a_row_made_while_its_replica_is_being_swept_is_swept_too(database_url: str) -> None:
+    """The sweep has begun to look when the replica, thought dead, makes one more row."""
+    async with (
+        replica_of(database_url) as dead,
+        replica_of(database_url) as sweeper,
+        tables_of(database_url) as tables,
+        tables_of(database_url) as gate,
+    ):
+        await tables.connection.execute(
+            f"""
+            UPDATE replica SET heartbeat_at = now() - interval '1 hour' WHERE id = '{dead.id}';
+            ALTER TABLE replica RENAME TO replica_table;
+            CREATE FUNCTION wait_at_gate() RETURNS bool LANGUAGE plpgsql AS $$
+            BEGIN
+                IF current_query() LIKE '%SKIP LOCKED%' AND pg_try_advisory_lock(1) THEN
+                    PERFORM pg_advisory_lock(2), pg_advisory_unlock(2);
+                END IF;
+                RETURN true;
+            END $$;
+            CREATE VIEW replica AS SELECT * FROM replica_table WHERE wait_at_gate();
+            SELECT pg_advisory_lock(2);
+            """
+        )
+        sweeping = asyncio.create_task(sweeper.store.sweep(60))
+        await eventually(tables.waiting_for_locks)
+        opened = await dead.store.open_session("web.alice.presence", uuid4())
+        await tables.connection.execute("SELECT pg_advisory_unlock(2)")
+        assert await within(sweeping) == (dead.id, 1)
+        assert [row.session_id for row in sweeper.told] == [opened.session_id]
+        assert await gate.sessions() == []

@@ -110,16 +110,21 @@ JOIN agent_session_history h
     ON h.id = w.id AND h.reason = w.reason AND upper(h.lifetime) = greatest(lower(h.lifetime), w.ended_at)
 """
 
-# A dead replica: its sessions end at its last heartbeat, and its row goes, in one statement, so that it cannot come back half
-# way. One replica at a time; of any number of survivors one sweeps it, the others pass it by.
+# A dead replica, one at a time; of any number of survivors one sweeps it, the others pass it by. A statement of its own: what
+# the replica made before it was locked here, the next one sees; after that it makes nothing.
+LOCK_DEAD: Final = """
+SELECT id FROM replica
+WHERE id <> $1 AND heartbeat_at < now() - make_interval(secs => $2)
+ORDER BY heartbeat_at LIMIT 1
+FOR UPDATE SKIP LOCKED
+"""
+
+# Its sessions end at its last heartbeat, and its row goes, in one statement, so that it cannot come back half way.
 SWEEP: Final = """
 WITH dead AS MATERIALIZED (
-    SELECT id, heartbeat_at FROM replica
-    WHERE id <> $1 AND heartbeat_at < now() - make_interval(secs => $2)
-    ORDER BY heartbeat_at LIMIT 1
-    FOR UPDATE SKIP LOCKED
+    SELECT id, heartbeat_at FROM replica WHERE id = $1
 ), doomed AS MATERIALIZED (
-    SELECT s.id FROM agent_session s WHERE s.replica_id = (SELECT id FROM dead) ORDER BY s.id FOR UPDATE
+    SELECT s.id FROM agent_session s WHERE s.replica_id = $1 ORDER BY s.id FOR UPDATE
 ), gone AS (
     DELETE FROM agent_session s USING doomed d WHERE s.id = d.id
     RETURNING s.id, s.agent_id, s.classroom_id, s.started_at
@@ -128,13 +133,11 @@ WITH dead AS MATERIALIZED (
     FROM gone g, dead d
 ), moved AS (
     INSERT INTO agent_session_history (id, agent_id, classroom_id, lifetime, reason)
-    SELECT id, agent_id, classroom_id, tstzrange(started_at, ended_at, '[]'), $3 FROM ended
+    SELECT id, agent_id, classroom_id, tstzrange(started_at, ended_at, '[]'), $2 FROM ended
 ), removed AS (
-    DELETE FROM replica r USING dead d WHERE r.id = d.id RETURNING r.id
+    DELETE FROM replica r WHERE r.id = $1
 )
-SELECT id, agent_id, classroom_id, started_at, ended_at, (SELECT id FROM removed) AS replica_id FROM ended
-UNION ALL
-SELECT NULL, NULL, NULL, NULL, NULL, id FROM removed
+SELECT id, agent_id, classroom_id, started_at, ended_at FROM ended
 """
 
 # The sweep may tell thousands of leaves before it commits.

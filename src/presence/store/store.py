@@ -202,13 +202,14 @@ class Store:
             async with self._sweep_lane.session() as connection:
                 started = time.monotonic()
                 await connection.execute(sql.BEGIN_SWEEP)
-                rows = await connection.fetch(
-                    sql.SWEEP, self._owner.replica_id, ttl_s, REPLICA_LOST.type, timeout=SWEEP_TIMEOUT_S
-                )
+                dead: UUID | None = await connection.fetchval(sql.LOCK_DEAD, self._owner.replica_id, ttl_s)
+                rows = []
+                if dead is not None:
+                    rows = await connection.fetch(sql.SWEEP, dead, REPLICA_LOST.type, timeout=SWEEP_TIMEOUT_S)
                 if time.monotonic() - started > longest_s:
                     raise TryAgain("The database stood still")
                 for start in range(0, len(rows), TOLD_PER_TURN):
-                    self._on_owned([_swept(row) for row in rows[start : start + TOLD_PER_TURN] if row[0] is not None])
+                    self._on_owned([_swept(row) for row in rows[start : start + TOLD_PER_TURN]])
                     await asyncio.sleep(0)  # thousands of leaves must not make a ping late
                 if rows:
                     await within_proof(self._confirm)
@@ -217,7 +218,7 @@ class Store:
             if isinstance(error, Away):
                 self._database.report_away(error)
             raise Unavailable("Nothing can be swept now") from error
-        return (rows[0][5], len(rows) - 1) if rows else None
+        return None if dead is None else (dead, len(rows))
 
     async def owned(self, after_id: int = 0, limit: int = MAX_LISTED) -> list[SessionRow]:
         """The sessions of this replica by id, from behind `after_id`."""
