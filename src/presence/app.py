@@ -29,7 +29,7 @@ from presence.metrics import Metrics
 from presence.replicas import Lease, Owners
 from presence.sessions import Sessions
 from presence.steps import Steps
-from presence.store import Store
+from presence.store import MAX_QUEUED_CLOSES, Store
 from presence_core.hub import Hub
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ class App:
             prove=self.bus.prove,
             confirm=self.bus.confirm,
             metrics=metrics,
+            # All may leave at once, when this replica drains.
+            max_queued_closes=max(MAX_QUEUED_CLOSES, settings.max_connections),
         )
         stack.push_async_callback(self.store.close)
         self.sessions = Sessions(
