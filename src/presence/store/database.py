@@ -234,7 +234,10 @@ class Database:
             await asyncio.sleep(next(delays))
             try:
                 rows = await self._probe.fetch(PROBE)
-            except (Away, TryAgain, asyncpg.PostgresError):
+            except (Away, TryAgain):
+                continue
+            except Exception as error:  # a fault of the client must not end the asking
+                log.error("probe_failed", limited=True, error=repr(error), exc_info=error)
                 continue
             if rows[0][0]:
                 break
