@@ -7,11 +7,13 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from uuid import UUID, uuid4
 
+import asyncpg
 import pytest
 from running import Overheard, Running, running_gateway
 from store_kit import replica_of, tables_of
 
-from presence.store import Elsewhere, SessionRow
+from presence.store import Elsewhere, SessionRow, Store
+from presence.store.database import Away
 from proxy import Proxy
 from servers import NatsServer
 from waiting import eventually, within
@@ -191,3 +193,39 @@ async def test_a_row_made_while_its_replica_is_being_swept_is_swept_too(database
         assert await within(sweeping) == (dead.id, 1)
         assert [row.session_id for row in sweeper.told] == [opened.session_id]
         assert await gate.sessions() == []
+
+
+async def test_the_drain_closes_more_sessions_than_may_wait_in_an_outage(
+    tmp_path: Path, nats_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(Store.open.__func__.__kwdefaults__, "max_queued_closes", 2)  # type: ignore[attr-defined]
+    async with running_gateway(tmp_path, nats_url, database_url, drain_timeout_s=0.5) as gateway:
+        gateway.app.lease.has_others = True
+        for number in range(6):
+            agent, _ = await gateway.join(f"agent{number}")
+            if number % 2:
+                await agent.socket.close()
+        assert await within(gateway.app.drain())
+        assert await gateway.rows() == []
+
+
+async def test_a_fault_of_the_client_does_not_end_the_watch_for_the_database(database_url: str) -> None:
+    """uvloop, for one, raises RuntimeError for a transport whose handle has gone before anybody was told."""
+    async with replica_of(database_url) as replica:
+        database = replica.store._database
+        probe, faults = database._probe.fetch, []
+
+        async def fail_once(statement: str) -> list[asyncpg.Record]:
+            database._probe.fetch = probe  # type: ignore[method-assign]
+            faults.append(statement)
+            raise RuntimeError("the handler is closed")
+
+        database._probe.fetch = fail_once  # type: ignore[assignment,method-assign]
+        database.report_away(Away(OSError(), may_have_run=False))
+        await eventually(lambda: replica.store.healthy)
+        assert faults
+
+
+async def test_an_agent_id_that_no_row_can_have_is_nobodys(one: Running) -> None:
+    answer = await one.http("DELETE", f"/api/v1/classrooms/{one.classroom_id}/agents/a%00b")
+    assert answer.status_code == 404

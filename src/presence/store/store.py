@@ -154,7 +154,10 @@ class Store:
         self._closings.add(session_id, reason, ended_at, is_secret=is_secret)
 
     async def get_session(self, classroom_id: UUID, agent_id: str) -> SessionRow | None:
-        rows = await self._read(self._read_lane, sql.GET_SESSION, classroom_id, agent_id)
+        try:
+            rows = await self._read(self._read_lane, sql.GET_SESSION, classroom_id, agent_id)
+        except BadRow:  # no text that a row can have
+            return None
         return SessionRow(*rows[0]) if rows else None
 
     async def agents(self, classroom_id: UUID, after_id: int = 0, limit: int = MAX_LISTED) -> list[SessionRow]:
