@@ -33,12 +33,14 @@ DELIVERIES_PER_S = 1_000_000
 PAYLOAD = b'"' + b"x" * 100 + b'"'
 IN_FLIGHT = 200
 PINGS_MIN = 500  # for a figure; of fewer than a thousand the p99.9 is the latest
-PONG_TIMEOUT_S = 29  # the crowd only reads: no pong is missed before all is over
+PING_INTERVAL_S = 60
+PONG_TIMEOUT_S = 59  # in the end the crowd only reads: no pong is missed before all is over
 NATS_HELLO = b'CONNECT {"verbose":false}\r\n'
 
 QUIET_P99_MS = "event in a room of 30, quiet, p99"
 FLOODED_P99_MS = "event in a room of 30, flooded, p99"
 PING_LATENESS_MS = "lateness of pings, flooded, p99.9"
+WAITED = "share of the flood in which the gateway waited for a processor"
 DELIVERED = "deliveries to the flooded crowd"
 
 
@@ -55,6 +57,8 @@ def measure_flood(figures: Figures, *, rounds: int, crowd_size: int) -> None:
                 tokens.path,
                 "--pong-timeout-s",
                 str(PONG_TIMEOUT_S),
+                "--ping-interval-s",
+                str(PING_INTERVAL_S),
             )
             with Server("bench/gateway_server.py", *options) as server, Crowd(server.port) as crowd:
                 outcome = crowd.connect(crowd_size, in_flight=IN_FLIGHT, first_messages=requests)
@@ -62,8 +66,14 @@ def measure_flood(figures: Figures, *, rounds: int, crowd_size: int) -> None:
                     raise RuntimeError(f"connects failed: {outcome.failures}")
                 crowd.read_away(0.5)
                 _measure(figures, server, crowd, crowd_id, _probe_requests(tokens, folder))
-            p99, late = (figures.of(name)[PRESENCE].values[-1] for name in (FLOODED_P99_MS, PING_LATENESS_MS))
-            print(f"round {number + 1}: room of 30: p99 {p99:.1f} ms; pings: p99.9 within {late:g} ms", flush=True)
+            p99, late, waited = (
+                figures.of(name)[PRESENCE].values[-1] for name in (FLOODED_P99_MS, PING_LATENESS_MS, WAITED)
+            )
+            print(
+                f"round {number + 1}: room of 30: p99 {p99:.1f} ms; pings: p99.9 within {late:g} ms; "
+                f"the gateway waited for a processor {waited:.0%} of the time",
+                flush=True,
+            )
 
 
 def _probe_requests(tokens: Tokens, folder: str) -> tuple[str, str]:
@@ -77,7 +87,7 @@ def _probe_requests(tokens: Tokens, folder: str) -> tuple[str, str]:
 def _measure(figures: Figures, server: Server, crowd: Crowd, crowd_id: str, room: tuple[str, str]) -> None:
     quiet = _probed(server, room, QUIET_S, crowd, None)
     before = ping_lateness(server)
-    read_bytes = crowd.read_bytes
+    read_bytes, waited_s = crowd.read_bytes, server.waited_s()
     flooded = _probed(server, room, FLOOD_S, crowd, crowd_id)
     event_bytes = (
         4
@@ -90,6 +100,7 @@ def _measure(figures: Figures, server: Server, crowd: Crowd, crowd_id: str, room
     figures.add(QUIET_P99_MS, PRESENCE, quiet.percentile_ms(0.99))
     figures.add(FLOODED_P99_MS, PRESENCE, flooded.percentile_ms(0.99))
     figures.add(PING_LATENESS_MS, PRESENCE, late_ms)
+    figures.add(WAITED, PRESENCE, (server.waited_s() - waited_s) / (FLOOD_S + 1))
     figures.add(DELIVERED, PRESENCE, (crowd.read_bytes - read_bytes) / event_bytes / FLOOD_S)
 
 

@@ -1,6 +1,6 @@
 """The gateway over its embedded servers, for the benchmarks: prints where it listens and its process is the gateway alone.
 
-python bench/gateway_server.py --data-dir DIR --auth-keys FILE [--pong-timeout-s 5]
+python bench/gateway_server.py --data-dir DIR --auth-keys FILE [--ping-interval-s 30] [--pong-timeout-s 5]
 """
 
 import argparse
@@ -20,6 +20,7 @@ async def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--auth-keys", required=True)
+    parser.add_argument("--ping-interval-s", type=float, default=30.0)
     parser.add_argument("--pong-timeout-s", type=float, default=5.0)
     arguments = parser.parse_args()
     configure("warning", "json")
@@ -33,6 +34,7 @@ async def main() -> int:
                 "database_url": embedded.database_url,
                 "auth_keys": arguments.auth_keys,
                 "drain_timeout_s": 1,
+                "ping_interval_s": arguments.ping_interval_s,
                 "pong_timeout_s": arguments.pong_timeout_s,
             },
             None,

@@ -52,6 +52,10 @@ class Server:
         assert match is not None
         return int(match[1]) * 1024
 
+    def waited_s(self) -> float:
+        """How long it was ready to run and had no processor: what others cost it."""
+        return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[1]) / 1e9
+
     def cpu_s(self) -> float:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -42,7 +42,7 @@ class Scale:
     crowd: int
 
 
-FULL = Scale(rounds=3, sockets=18_000, members=5_000, events=200, crowd=10_000)
+FULL = Scale(rounds=3, sockets=18_000, members=5_000, events=200, crowd=5_000)
 QUICK = Scale(rounds=1, sockets=12_000, members=2_000, events=100, crowd=3_000)
 
 

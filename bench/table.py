@@ -66,6 +66,7 @@ ROWS = (
     Row("event to a room of 30, no flood, p99, ms", flood.QUIET_P99_MS, False, digits=1),
     Row("event to a room of 30, a crowd is flooded, p99, ms", flood.FLOODED_P99_MS, False, 25, digits=1),
     Row("pings meanwhile: p99.9 within ms of their time", flood.PING_LATENESS_MS, False, 50),
+    Row("of that time, the gateway waited for a processor", flood.WAITED, False, digits=2),
     Row("deliveries/s to the flooded crowd", flood.DELIVERED, True),
 )
 PART_ROWS = (

@@ -143,3 +143,23 @@ def test_a_hundred_slow_members_share_what_they_wait_for_and_past_the_bound_it_i
     assert {connection for connection, _ in handler.of("on_limit")} == {peer.connection for peer in slow}
     assert len(room) == len(fast)
     assert all(peer.connection.is_open and peer.connection.backlog_bytes == 0 for peer in fast)
+
+
+def test_a_hundred_slow_members_delay_the_others_by_less_than_a_tenth(hub: Hub) -> None:
+    """By the processor's time for one event, in turn with a room that has none; of all passes the typical one."""
+    alone, mixed = hub.new_room(), hub.new_room()
+    rooms = {alone: members(hub, alone, 400), mixed: members(hub, mixed, 400)}
+    slow = members(hub, mixed, 100, buffers=4096)
+    fill(hub, mixed, slow, rooms[mixed])
+    frame = encode_frame(OPCODE_TEXT, b"x" * 190)
+    took: dict[Room, list[float]] = {alone: [], mixed: []}
+    for number in range(120):
+        room = (alone, mixed)[number % 2]
+        room.broadcast(frame)
+        sent, wanted, began = sends(hub), len(rooms[room]), time.thread_time()
+        while sends(hub) - sent < wanted:
+            hub.run_once(0)
+        took[room].append(time.thread_time() - began)
+        read_away(rooms[room])
+    assert all(peer.connection.backlog_bytes for peer in slow)  # they were there, to the end
+    assert statistics.median(took[mixed]) < 1.1 * statistics.median(took[alone])
