@@ -34,9 +34,10 @@ def result_of(scenario: str, command: str, began: float, run: Run, judge: Judge,
         "counts": not doubts,
         "doubts": doubts,
         "verdicts": [verdict.as_json() for verdict in judge.verdicts],
-        "facts": run.facts | cost_of(record.samples),
+        "facts": run.facts | cost_of(record.samples) | losses_of(run),
         "total": record.total.as_json(run.titles),
         "windows": {name: figures.as_json(run.titles) for name, figures in record.windows.items()},
+        "locust": {f"{e.method} {e.name}": e.num_requests for e in run.environment.stats.entries.values()},
         "seconds": [second.as_json(at_s, run.titles) for at_s, second in sorted(record.seconds.items())],
         "marks": [[round(at_s, 2), text] for at_s, text in record.marks],
         "replicas": replica_lines(record.samples, record.start_ns),
@@ -51,6 +52,11 @@ def result_of(scenario: str, command: str, began: float, run: Run, judge: Judge,
             for name, own in record.shards.items()
         },
     }
+
+
+def losses_of(run: Run) -> dict[str, str]:
+    lost = f"{run.losses.dropped:,} dropped, {run.losses.sent_again:,} sent again"
+    return {"packets that the kernel lost, whoever sent them": lost}
 
 
 def replica_lines(samples: list[dict[str, Any]], start_ns: int) -> dict[str, list[list[float]]]:

@@ -34,6 +34,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--bounds-scale", type=float, default=1.0, help="widens bounds on times, for machines that others use too (1)"
     )
+    parser.add_argument(
+        "--flood-frames", type=int, default=60_000, help="webinar_flood: frames a second to the large room (60,000)"
+    )
     arguments = parser.parse_args(words)
     if not 30 <= arguments.agents <= 18_000:
         parser.error("--agents: 30 to 18,000")
@@ -44,6 +47,8 @@ def command_of(arguments: argparse.Namespace) -> str:
     words = [arguments.scenario, "--agents", str(arguments.agents), "--seed", str(arguments.seed)]
     words += ["--quick"] if arguments.quick else []
     words += ["--bounds-scale", f"{arguments.bounds_scale:g}"] if arguments.bounds_scale != 1 else []
+    if arguments.scenario == "webinar_flood":
+        words += ["--flood-frames", str(arguments.flood_frames)]
     return "python -m loadtest.run " + " ".join(words)
 
 
@@ -58,7 +63,13 @@ def stay(run: Run) -> None:
 def main() -> int:
     arguments = parse_arguments()
     timing = QUICK if arguments.quick else REAL
-    run = Run(timing, agents=arguments.agents, web_port=arguments.web, seed=arguments.seed)
+    run = Run(
+        timing,
+        agents=arguments.agents,
+        web_port=arguments.web,
+        seed=arguments.seed,
+        flood_frames_per_s=arguments.flood_frames,
+    )
     judge = Judge(arguments.bounds_scale)
     began = time.time()
     try:
@@ -67,7 +78,7 @@ def main() -> int:
             stay(run)
     finally:
         run.close()
-    doubts = why_not_counted(run.record.shards)
+    doubts = why_not_counted(run.record.shards, run.losses, run.record.total.counters["frames"])
     result = result_of(arguments.scenario, command_of(arguments), began, run, judge, doubts)
     page = write_result(arguments.out, result)
     for verdict in judge.verdicts:

@@ -24,6 +24,7 @@ from locust.stats import stats_history
 from loadtest.figures import Record
 from loadtest.lines import Child, Failed
 from loadtest.locust_users import SwarmUser
+from loadtest.network import Losses
 from presence_swarm import swarm
 
 AGENTS_PER_SHARD = 9_000  # in a drain each has two sockets, and a process has 20,000 descriptors
@@ -58,10 +59,19 @@ def classrooms(count: int) -> list[str]:
 
 
 class Run:
-    def __init__(self, timing: Timing, *, agents: int, web_port: int | None = None, seed: int = 1) -> None:
+    def __init__(
+        self,
+        timing: Timing,
+        *,
+        agents: int,
+        web_port: int | None = None,
+        seed: int = 1,
+        flood_frames_per_s: int = 60_000,
+    ) -> None:
         self.timing = timing
         self.agents = agents
         self.seed = seed
+        self.flood_frames_per_s = flood_frames_per_s
         self.titles: dict[int, str] = {}  # what a group of agents is called
         self.record = Record(swarm.now_ns())
         self.children: list[Child] = []
@@ -71,6 +81,8 @@ class Run:
         self._names: dict[Child, str] = {}
         self._next_user = 0
         self._web_port = web_port
+        self._losses_before = Losses.now()
+        self.losses = Losses()  # over the run, once it is closed
         self._greenlets: list[gevent.Greenlet] = []
         self.folder = Path(tempfile.mkdtemp(prefix="presence-load-"))
 
@@ -112,6 +124,7 @@ class Run:
 
     def close(self) -> None:
         gevent.killall(self._greenlets)
+        self.losses = Losses.now().since(self._losses_before)
         if hasattr(self, "runner"):
             self.runner.quit()
         for child in reversed(self.children):

@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from loadtest.figures import Histogram, ShardFigures
+from loadtest.network import Losses
 
 # A swarm past these was itself what was measured.
 SWARM_LAG_P99_MS: Final = 50.0
 SWARM_STALL_MS: Final = 250.0
 SWARM_SHARE: Final = 0.95
+DROPPED_SHARE: Final = 1e-4  # of the frames, by the kernel: more than that is seen in a p99
 
 PING_P999_MS: Final = 50.0
 PING_MOST_MS: Final = 250.0
@@ -72,8 +74,8 @@ class Judge:
         return all(verdict.passed for verdict in self.verdicts)
 
 
-def why_not_counted(shards: dict[str, ShardFigures]) -> list[str]:
-    """Why a run proves nothing: the swarm itself was late or had too little of a core."""
+def why_not_counted(shards: dict[str, ShardFigures], losses: Losses, frames: int) -> list[str]:
+    """Why a run proves nothing: the swarm was late or had too little of a core, or the kernel lost packets."""
     reasons = []
     for name, own in shards.items():
         if own.lag.percentile_ms(0.99) > SWARM_LAG_P99_MS:
@@ -84,4 +86,7 @@ def why_not_counted(shards: dict[str, ShardFigures]) -> list[str]:
             reasons.append(f"{name} stood still for {own.stall.most_ms:.0f} ms, allowed {SWARM_STALL_MS:.0f} ms")
         if own.busiest_share > SWARM_SHARE:
             reasons.append(f"{name} needed {own.busiest_share:.0%} of a core, allowed {SWARM_SHARE:.0%}")
+    if losses.dropped > frames * DROPPED_SHARE:
+        lost = f"{losses.dropped:,} packets, and TCP sent {losses.sent_again:,} again"
+        reasons.append(f"the kernel's loopback queue lost {lost} (net.core.netdev_max_backlog)")
     return reasons

@@ -15,7 +15,6 @@ from loadtest.scenarios.rooms import (
 from loadtest.verdicts import DELIVERY_P99_MS, Judge
 
 WEBINAR = "0192f0c1-7a3e-7c55-b5a1-3d0f4b1f9a10"
-FLOOD_FRAMES_PER_S = 120_000  # of what a replica can send on one core of two, which it shares with all the others here
 EVENTS_PER_ROOM_S = 0.5
 FLOOD_S = 90.0
 
@@ -39,7 +38,7 @@ def play(run: Run, judge: Judge) -> None:
     before = run.record.open_window("before the flood")
     run.rest(15)
     run.record.close_window("before the flood")
-    per_s = FLOOD_FRAMES_PER_S / large if run.timing.stretch == 1 else 50.0
+    per_s = run.flood_frames_per_s / large if run.timing.stretch == 1 else 50.0
     run.say(f"the webinar is flooded: {per_s:.0f} events/s to {large:,}")
     run.publish([WEBINAR], per_s, publisher=1)
     run.settle()

@@ -11,6 +11,7 @@ import pytest
 from loadtest.charts import histogram_chart, line_chart
 from loadtest.compare import compare
 from loadtest.figures import FLOORS_NS, Histogram, Record, ShardFigures
+from loadtest.network import Losses
 from loadtest.report import page
 from loadtest.verdicts import Judge, why_not_counted
 
@@ -88,11 +89,12 @@ def test_verdicts() -> None:
 
 def test_a_late_or_saturated_swarm_does_not_count() -> None:
     good = ShardFigures(histogram(1.0), histogram(1.0), [0.5] * 20)
-    assert why_not_counted({"shard 0": good}) == []
+    assert why_not_counted({"shard 0": good}, Losses(9, 9), 100_000) == []
+    assert len(why_not_counted({"shard 0": good}, Losses(11, 12), 100_000)) == 1
     late = ShardFigures(histogram(*[60.0] * 5), histogram(1.0), [0.5])
     still = ShardFigures(histogram(1.0), histogram(300.0), [0.5])
     busy = ShardFigures(histogram(1.0), histogram(1.0), [0.1] * 20 + [0.99] * 10)
-    assert len(why_not_counted({"a": late, "b": still, "c": busy})) == 3
+    assert len(why_not_counted({"a": late, "b": still, "c": busy}, Losses(), 1)) == 3
 
 
 def result(*, passed: bool = True) -> dict[str, Any]:

@@ -27,4 +27,6 @@ def test_a_scenario_runs_and_reports(tmp_path: Path) -> None:
     assert result["passed"]
     assert result["total"]["closes"]["4500 auth_timed_out"] == 15
     assert result["total"]["counters"]["connects"] == 300 - 15
+    assert result["locust"]["CONNECT rooms of 30"] == 300 - 3 * 15
+    assert result["locust"]["CLOSE without a connect_request"] == 15
     assert path.with_suffix(".html").read_text().startswith("<!doctype html>")
