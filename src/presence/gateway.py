@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import picows
 import picows.picows
 
+from presence.config import descriptor_limit
 from presence.connection import Agent
 from presence.errors import StartError
 from presence.log import get
@@ -33,6 +34,7 @@ log = get("gateway")
 
 KERNEL_BACKLOG: Final = 4096
 HANDSHAKE_TIMEOUT_S: Final = 5
+OTHER_DESCRIPTORS: Final = 256  # database, NATS, HTTP and what they open again after an outage, with room
 RETRY_AFTER_S: Final = 2
 WEBSOCKET_VERSION: Final = "13"
 KEY: Final = re.compile(r"[A-Za-z0-9+/]{22}==")  # sixteen bytes in base64 (RFC 6455 section 4.1)
@@ -132,10 +134,15 @@ class Gateway:
         self.door = Door(
             self._bind(),
             self._new_handshake,
-            max_handshakes=self._settings.max_handshakes,
+            max_handshakes=self._max_handshakes(),
             handshake_timeout_s=HANDSHAKE_TIMEOUT_S,
             on_error=self._on_accept_failed,
         )
+
+    def _max_handshakes(self) -> int:
+        """As configured, unless that would take the descriptors that everything but the agents needs."""
+        spare = descriptor_limit() - self._settings.max_connections
+        return max(1, min(self._settings.max_handshakes, max(spare - OTHER_DESCRIPTORS, spare // 2)))
 
     def _bind(self) -> socket.socket:
         settings = self._settings

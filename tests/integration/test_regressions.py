@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from uuid import UUID, uuid4
 
 import asyncpg
+import httpx
 import pytest
-from running import Overheard, Running, running_gateway
+from running import Overheard, Running, Signer, running_gateway
 from store_kit import replica_of, tables_of
 
 from presence.store import Elsewhere, SessionRow, Store
 from presence.store.database import Away
+from processes import PROGRAM, Command
 from proxy import Proxy
-from servers import NatsServer
+from servers import NatsServer, free_port
 from waiting import eventually, within
 
 
@@ -49,6 +52,7 @@ async def test_a_gap_is_told_when_the_subscriptions_are_active_again(
         assert (await agent.hear())["payload"] == "after the gap"
 
 
+FEW_DESCRIPTORS = 300
 OPTIONS = {"drain_timeout_s": 0.5, "lease_ttl_s": 3.0}
 
 
@@ -229,3 +233,23 @@ async def test_a_fault_of_the_client_does_not_end_the_watch_for_the_database(dat
 async def test_an_agent_id_that_no_row_can_have_is_nobodys(one: Running) -> None:
     answer = await one.http("DELETE", f"/api/v1/classrooms/{one.classroom_id}/agents/a%00b")
     assert answer.status_code == 404
+
+
+async def test_silent_sockets_leave_descriptors_for_the_rest(tmp_path: Path, nats_url: str, database_url: str) -> None:
+    """With few descriptors, half-open upgrades must not take those of the HTTP port, the database and NATS."""
+    port, http_port, signer_path = free_port(), free_port(), Signer(tmp_path).path
+    serve = f"ulimit -n {FEW_DESCRIPTORS}; exec {PROGRAM} serve --port {port} --http-port {http_port}"
+    env = {"PRESENCE_NATS_URL": nats_url, "PRESENCE_DATABASE_URL": database_url, "PRESENCE_AUTH_KEYS": str(signer_path)}
+    command = await Command.start_program(["/bin/sh", "-c", serve], tmp_path, env)
+    silent: list[socket.socket] = []
+    try:
+        await eventually(lambda: any('"serving"' in line for line in command.err), 20)
+        silent += [socket.create_connection(("127.0.0.1", port)) for _ in range(FEW_DESCRIPTORS)]
+        async with httpx.AsyncClient(trust_env=False) as client:
+            answer = await within(client.get(f"http://127.0.0.1:{http_port}/healthz"), 2)
+        assert answer.status_code == 200
+        assert not any("accept_failed" in line for line in command.err)
+    finally:
+        for each in silent:
+            each.close()
+        await command.end()
