@@ -46,6 +46,7 @@ class Child:
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
+            start_new_session=True,  # Ctrl-C is for the run, which then ends them in order
             preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl, safe after fork
         )
         self._answers: Queue[dict[str, Any]] = Queue()
