@@ -105,6 +105,7 @@ class Sessions:
         self._turns = Turns()
         self._end: Callable[[Agent, Reason], None]
         self._parked: dict[int, Parked] = {}
+        self._moving: set[int] = set()  # sessions of a drain that another replica has asked for
         self._parking_is_over = False
         self._let_go: dict[Key, int] = {}  # sessions whose rows are still here, as far as is known, for others to take
         self._unannounced: set[int] = set()  # sessions whose agent.enter was never published
@@ -218,6 +219,7 @@ class Sessions:
             agent = self._fanout.agent_in(classroom_id, agent_id)
             if agent is not None and agent.session_id == session_id:
                 if agent.told:
+                    self._moving.add(session_id)
                     return True  # of the drain: it hears its events here until it is in over there, and drops this one itself
                 self._end(agent, reasons.REPLACED)
                 self._forget(agent)
@@ -305,8 +307,8 @@ class Sessions:
 
     @property
     def parked(self) -> int:
-        """How many sessions wait for their agents."""
-        return len(self._parked)
+        """How many sessions wait for agents that nobody has asked for yet."""
+        return len(self._parked.keys() - self._moving)
 
     async def park(self, agent: Agent, reason: Reason) -> None:
         """Keep the row until another replica takes it, or `close_parked`: neither leave nor enter if it does."""

@@ -214,3 +214,18 @@ async def test_a_row_that_nobody_holds_is_closed(one: Running, postgres: Postgre
     assert await one.app.store.flush(5)
     assert [row["agent_id"] for row in await one.history()] == ["web.00:05:00.x"]
     assert len(await one.rows()) == 2
+
+
+async def test_a_drain_ends_when_everyone_has_moved(
+    one: Running, two: Running, tmp_path: Path, nats_url: str, database_url: str
+) -> None:
+    options = {**OPTIONS, "drain_timeout_s": 60.0}
+    async with running_gateway(tmp_path, nats_url, database_url, signer=one.signer, **options) as leaving:
+        leaving.classroom_id = two.classroom_id
+        await eventually(lambda: leaving.app.lease.has_others)
+        first, _ = await leaving.join("alice")
+        draining = asyncio.create_task(leaving.app.drain())
+        assert await next_error(first) == "terminated"
+        await two.join("alice")
+        await first.socket.close()
+        assert await within(draining)
