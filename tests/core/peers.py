@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -110,6 +111,8 @@ class Peer:
     def __init__(self, hub: Hub, head: bytes = b"", *, connection: Connection | None = None, buffers: int = 0) -> None:
         self.hub = hub
         self.socket, ours = tcp_pair(buffers)
+        # In a circle of garbage the socket may be collected before its peer: this holds it until it is closed.
+        weakref.finalize(self, self.socket.close)
         self.connection = connection or Connection()
         self.received = b""
         self.taken: list[tuple[int, bytes]] = []
@@ -177,10 +180,6 @@ class Peer:
 
     def close(self) -> None:
         self.socket.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "socket"):
-            self.socket.close()
 
     def reset(self) -> None:
         """Vanish with a RST."""
