@@ -393,9 +393,8 @@ class Bus:
             if self._client is None:
                 await self._reconnect()
             try:
-                async with asyncio.timeout(
-                    WATCH_INTERVAL_S
-                ):  # not wait_for: it may swallow the cancellation of `close`
+                # Not wait_for: it may swallow the cancellation of `close`.
+                async with asyncio.timeout(WATCH_INTERVAL_S):
                     await self._lost.wait()
             except TimeoutError:
                 current = self._round

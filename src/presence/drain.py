@@ -29,9 +29,8 @@ log = get("drain")
 AGENTS_PER_TURN: Final = 200  # told or closed before the loop has its turn again: about a millisecond
 POLL_S: Final = 0.02
 CLOSE_HANDSHAKE_S: Final = 0.2  # for the last agents to answer the close frame
-WRITE_TIMEOUT_S: Final = (
-    20.0  # for rows and leaves when the database or NATS is slow: past it they are given up, loudly
-)
+# For rows and leaves when the database or NATS is slow: past it they are given up, loudly.
+WRITE_TIMEOUT_S: Final = 20.0
 
 
 class Drain:
