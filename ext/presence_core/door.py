@@ -80,7 +80,7 @@ class HandshakeTransport:
         return self._socket.fileno()
 
     def setsockopt(self, *_: Any) -> None:
-        """The door has set what it wants."""
+        """The listening socket has passed on what the door wants."""
 
     def getsockopt(self, *_: Any) -> int:
         """picows asks for four options, for a line in its log."""
@@ -160,6 +160,8 @@ class Door:
         self._pausing: asyncio.TimerHandle | None = None
         self._is_closed = False
         listening.setblocking(False)
+        if listening.family != socket.AF_UNIX:
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # each accepted socket inherits it (tcp(7))
         self._resume()
 
     @property
@@ -210,8 +212,6 @@ class Door:
         return next(iter(self._under_way))
 
     def _begin(self, accepted: socket.socket) -> None:
-        if accepted.family != socket.AF_UNIX:
-            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._is_full():
             self._oldest().give_up()
         handshake = HandshakeTransport(self, accepted, self._make_protocol())
