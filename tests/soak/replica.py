@@ -27,6 +27,7 @@ from presence.app import App
 from presence.config import Settings
 from presence.log import configure
 
+AUTH_TIMEOUT_S = 1.0
 TABLES = "dict", "set", "list", "deque", "defaultdict"
 SHALLOW = 3  # app → part → a part's own part
 
@@ -98,7 +99,7 @@ async def main() -> None:
             ping_interval_s=2.0,
             pong_timeout_s=0.5,
             close_timeout_s=0.5,
-            auth_timeout_s=1.0,
+            auth_timeout_s=AUTH_TIMEOUT_S,
             max_connections=2_000,
             max_handshakes=20,
             max_backlog_bytes=65_536,

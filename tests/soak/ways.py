@@ -10,11 +10,13 @@ import json
 import random
 import socket
 import struct
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from raw import Raw, dialled, frame, head
+from replica import AUTH_TIMEOUT_S
 from running import Signer
 from websockets.frames import Opcode
 
@@ -45,7 +47,7 @@ class Place:
 
 
 class TurnedAway(ConnectionError):
-    """Too many handshakes at once: the oldest had to go."""
+    """Too many handshakes at once: the oldest had to go. Or this process had no processor for longer than one may take."""
 
 
 async def _upgrade(client: Raw) -> None:
@@ -57,9 +59,13 @@ async def _upgrade(client: Raw) -> None:
 
 
 async def _connected(place: Place, client: Raw) -> None:
+    began = time.monotonic()
     await _upgrade(client)
     await client.send(place.request())
+    is_late = time.monotonic() - began > AUTH_TIMEOUT_S / 2  # and goes out when the loop's turn is over
     message = await client.hear(10.0)
+    if is_late and message["payload"].get("type") == "auth_timed_out":
+        raise TurnedAway
     assert message["type"] == "connect_success", message
 
 
