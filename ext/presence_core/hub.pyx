@@ -240,7 +240,7 @@ cdef class Hub:
         ping_burst=20,
         seed=None,
     ):
-        if self.epoll_fd != -1:
+        if self.read_buffer != NULL:
             raise RuntimeError("a hub is initialised once")
         if not (0 < pong_timeout_ms < ping_interval_ms and close_timeout_ms > 0):
             raise ValueError("timeouts are positive, and the pong timeout is shorter than the ping interval")
@@ -372,15 +372,18 @@ cdef class Hub:
         turn(self, timeout_ms)
 
     def close(self) -> None:
+        cdef bint inside = self.turning
         cdef size_t i
         if self.polling:
             raise RuntimeError("another thread waits in this hub")
         if self.epoll_fd < 0 or self.closing:
             return
         self.closing = True
+        self.turning = True  # a room's finaliser may not turn the hub meanwhile
         for i in range(self.everyone.count):  # nobody is added any more, and nobody removed before on_closed
             drop(self, <Connection> self.everyone.items[i].owner, CODE_LOST)
-        if not self.turning:
+        self.turning = inside
+        if not inside:
             end_turn(self)
             raise_held(self)
 
