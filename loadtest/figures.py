@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 GROUPS: Final = 4
 BY_GROUP: Final = ("connect", "delivery", "cadence")
-PLAIN: Final = ("unanswered", "silent", "outage", "farewell", "lag", "stall")
+PLAIN: Final = ("unanswered", "silent", "outage", "overdue", "farewell", "lag", "stall")
 FLOORS_NS: Final = bucket_floors()
 
 
@@ -82,6 +82,8 @@ class Figures:
         self.counters: Counter[str] = Counter()
         self.closes: Counter[tuple[int, str]] = Counter()
         self.terminated_last_ns = 0
+        self.connected_last_ns = 0
+        self.took_s = 0.0  # of all shards together: what the reports in here are about
 
     def add(self, report: Mapping[str, Any]) -> None:
         for name in BY_GROUP:
@@ -93,6 +95,8 @@ class Figures:
         for code, error, count in report["closes"]:
             self.closes[code, error] += count
         self.terminated_last_ns = max(self.terminated_last_ns, report["terminated_last_ns"])
+        self.took_s += report["took_s"]
+        self.connected_last_ns = max(self.connected_last_ns, report["connected_last_ns"])
 
     def all_groups(self, name: str) -> Histogram:
         merged = Histogram()
@@ -201,6 +205,11 @@ class Record:
 
     def close_window(self, name: str) -> None:
         self.open.discard(name)
+
+    def forget_window(self, name: str) -> None:
+        """Of no interest any more: not in the result."""
+        self.close_window(name)
+        del self.windows[name]
 
     def gauge(self, name: str) -> int:
         return sum(gauges[name] for gauges in self.gauges.values())

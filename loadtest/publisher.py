@@ -31,12 +31,14 @@ class Stream:
         self.subject = f"{PREFIX}.{classroom_id}.chat"
         self.every_s = every_s
         self.number = 0
-        self.text = "x" * max(0, bytes_each - 60)
+        self.stamp_ns = 0
+        self.text = "x" * max(0, bytes_each - 83)
 
     def event(self) -> bytes:
         self.number += 1
-        # The swarm finds the stamp by this very beginning.
-        return f'{{"at":{time.monotonic_ns()},"n":{self.number},"text":"{self.text}"}}'.encode()
+        before_ns, self.stamp_ns = self.stamp_ns, time.monotonic_ns()
+        # The swarm finds the stamps by this very beginning; `was` is the stamp of the number before.
+        return f'{{"at":{self.stamp_ns},"n":{self.number},"was":{before_ns},"text":"{self.text}"}}'.encode()
 
 
 class Publisher:
@@ -58,6 +60,12 @@ class Publisher:
         if self._task is None:
             self._task = asyncio.ensure_future(self._publish())
         return self._made
+
+    def do_pace(self, per_s: float) -> int:
+        """All streams of this publisher at another rate from now on."""
+        for _, _, stream in self._due:
+            stream.every_s = 1 / per_s
+        return len(self._due)
 
     async def do_stop(self) -> dict[str, Any]:
         """No more events; what was published, once the NATS server has it."""

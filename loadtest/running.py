@@ -27,6 +27,7 @@ from loadtest.locust_users import SwarmUser
 from loadtest.network import Losses
 from presence_swarm import swarm
 
+AGENTS_PER_REPLICA = 18_000  # one more replica takes as many more
 AGENTS_PER_SHARD = 9_000  # in a drain each has two sockets, and a process has 20,000 descriptors
 SAMPLE_EVERY_S = 1.0
 POLL_S = 0.2
@@ -66,12 +67,16 @@ class Run:
         agents: int,
         web_port: int | None = None,
         seed: int = 1,
-        flood_frames_per_s: int = 60_000,
+        replicas: int | None = None,
+        flood_frames_per_s: int | None = None,
+        replica_cores: Sequence[int] = (),
     ) -> None:
         self.timing = timing
         self.agents = agents
         self.seed = seed
         self.flood_frames_per_s = flood_frames_per_s
+        self._replicas_wanted = replicas
+        self._replica_cores = replica_cores
         self.titles: dict[int, str] = {}  # what a group of agents is called
         self.record = Record(swarm.now_ns())
         self.children: list[Child] = []
@@ -89,15 +94,16 @@ class Run:
     # --- open
 
     def open(self, *, replicas: int = 1, shards: int = 0, publishers: int = 1) -> None:
-        """Servers, replicas, the swarm's processes (as many as the agents need), and locust."""
+        """Servers, replicas (or as many as were asked for), the swarm's processes (as the agents need), and locust."""
         self.folder.chmod(0o711)  # PostgreSQL's own user passes through
-        self.stand = self._child("loadtest.stand", str(self.folder), *self.timing.settings())
+        cores = ",".join(map(str, self._replica_cores)) or "-"
+        self.stand = self._child("loadtest.stand", str(self.folder), cores, *self.timing.settings())
         self.about = self.stand.ask("about")
-        for _ in range(replicas):
+        for _ in range(self._replicas_wanted or replicas):
             self.start_replica()
         needed = max(shards, -(-self.agents // AGENTS_PER_SHARD))
         for number in range(needed):
-            capacity = str(self.agents + 1_000)
+            capacity = str(2 * AGENTS_PER_SHARD)
             shard = self._child(
                 "loadtest.swarm_process", capacity, str(self.seed * 100 + number), self.about["data_dir"]
             )
@@ -156,9 +162,10 @@ class Run:
         self.replicas.append(self.stand.ask("start") | {"is_ready": True})
         return len(self.replicas) - 1
 
-    def target(self) -> None:
-        """New connects go to the replicas that are ready, as behind a load balancer."""
-        ports = [replica["port"] for replica in self.replicas if replica["is_ready"]]
+    def target(self, *replicas: int) -> None:
+        """New connects go to these; to all that are ready, as behind a load balancer, when none is named."""
+        chosen = [self.replicas[number] for number in replicas] or self.replicas
+        ports = [replica["port"] for replica in chosen if replica["is_ready"]]
         for shard in self.shards:
             shard.ask("targets", ports=ports)
 
@@ -200,6 +207,23 @@ class Run:
         for publisher in self.publishers:
             numbers |= publisher.ask("stop")["numbers"]
         return numbers
+
+    def pace(self, per_s: float, *, publisher: int = 0) -> None:
+        """All that this publisher streams at another rate."""
+        self.publishers[publisher].ask("pace", per_s=per_s)
+
+    def move(self, in_flight: int, *, shards: Sequence[int]) -> int:
+        """Their agents connect again beside their connections, so many at once; returns when (CLOCK_MONOTONIC, ns)."""
+        at_ns = swarm.now_ns()
+        for number, shard in enumerate(shards):
+            window = in_flight // len(shards) + (number < in_flight % len(shards))
+            self.shards[shard].ask("move", window=window)
+        return at_ns
+
+    def announced(self) -> dict[str, Any]:
+        """Enters and leaves that were published since the last time, by the agents' name; and how many more than once."""
+        seen: dict[str, Any] = self.stand.ask("announced")
+        return seen
 
     def leave(self) -> None:
         for shard in self.shards:

@@ -2,7 +2,7 @@
 
 Owns the servers and every replica's process, by their ids. Knows nothing of agents, locust or bounds.
 
-    python -m loadtest.stand FOLDER [setting=value …]
+    python -m loadtest.stand FOLDER CORES [setting=value …]     CORES: of the replicas, as 0,2; - for all
 """
 
 from __future__ import annotations
@@ -22,18 +22,26 @@ import psutil
 import uvloop
 
 from loadtest.lines import die_with_parent, say
+from loadtest.witness import Witness
 from presence.embedded import Embedded
 from presence.migrate import migrate
 
 START_TIMEOUT_S = 30.0
 LOG_POLL_S = 0.02
+SWEPT_POLL_S = 0.01
+
+# One row while anything is left of a replica.
+REMAINS = """
+SELECT EXISTS (SELECT FROM replica WHERE id = $1) OR EXISTS (SELECT FROM agent_session WHERE replica_id = $1), clock_timestamp()
+"""
 
 
 class Replica:
     """One `presence serve` on free ports, and its log."""
 
-    def __init__(self, number: int, folder: Path) -> None:
+    def __init__(self, number: int, folder: Path, cores: list[int]) -> None:
         self.number = number
+        self.cores = cores
         self.log_path = folder / f"replica-{number}.log"
         self.process: asyncio.subprocess.Process
         self.port = self.http_port = 0
@@ -58,19 +66,25 @@ class Replica:
                 stdout=log,
                 stderr=log,
                 env=environment,
-                preexec_fn=die_with_parent,
+                preexec_fn=self._before_exec,
             )
         self.ended_ns = asyncio.ensure_future(self._end())
         async with asyncio.timeout(START_TIMEOUT_S):
-            while (line := self._serving()) is None:
+            while (line := self.logged("serving")) is None:
                 if self.ended_ns.done():
                     raise RuntimeError(f"replica {self.number} did not start: {self.log_path.read_text()[-2000:]}")
                 await asyncio.sleep(LOG_POLL_S)
         self.port, self.http_port = line["port"], line["http_port"]
 
-    def _serving(self) -> dict[str, Any] | None:
+    def _before_exec(self) -> None:
+        die_with_parent()
+        if self.cores:
+            os.sched_setaffinity(0, self.cores)
+
+    def logged(self, event: str) -> dict[str, Any] | None:
+        """The first line of its log about this event."""
         lines = (json.loads(line) for line in self.log_path.read_text().splitlines() if line.startswith("{"))
-        return next((line for line in lines if line.get("event") == "serving"), None)
+        return next((line for line in lines if line.get("event") == event), None)
 
     async def _end(self) -> tuple[int, int]:
         status = await self.process.wait()
@@ -94,8 +108,10 @@ def _rss_bytes(pid: int) -> int:
 
 
 class Stand:
-    def __init__(self, folder: Path, settings: dict[str, str]) -> None:
+    def __init__(self, folder: Path, cores: list[int], settings: dict[str, str]) -> None:
         self.folder = folder
+        self.cores = cores
+        self.witness: Witness
         self.embedded = Embedded(folder)
         self.settings = settings
         self.replicas: list[Replica] = []
@@ -112,6 +128,7 @@ class Stand:
             "api-tokens": self.embedded.api_token,
             **self.settings,
         }
+        self.witness = await Witness.open(self.embedded.nats_url)
 
     async def close(self) -> None:
         self._signal_postgres(signal.SIGCONT)
@@ -119,6 +136,7 @@ class Stand:
         for replica in running:
             replica.process.kill()
         await asyncio.gather(*(replica.ended_ns for replica in running))
+        await self.witness.close()
         await self.embedded.__aexit__(None, None, None)
 
     # --- orders
@@ -127,7 +145,7 @@ class Stand:
         return {"nats_url": self.embedded.nats_url, "data_dir": str(self.embedded.data_dir.path)}
 
     async def do_start(self) -> dict[str, Any]:
-        replica = Replica(len(self.replicas), self.folder)
+        replica = Replica(len(self.replicas), self.folder, self.cores)
         self.replicas.append(replica)
         await replica.start(self.settings)
         return {"replica": replica.number, "port": replica.port, "pid": replica.process.pid}
@@ -149,6 +167,26 @@ class Stand:
                 return (await client.get(f"http://127.0.0.1:{port}/readyz")).status_code == 200
             except httpx.HTTPError:
                 return False
+
+    async def do_logged(self, replica: int, event: str) -> dict[str, Any] | None:
+        return self.replicas[replica].logged(event)
+
+    async def do_announced(self) -> dict[str, Any]:
+        """Enters and leaves on NATS since the last time, by the agents' name."""
+        return await self.witness.take()
+
+    async def do_swept(self, replica: int, wait_s: float) -> dict[str, float]:
+        """Waits until nothing is left of a dead replica; seconds from its last heartbeat to that, by the database's clock."""
+        label = f"load-{replica}"
+        database = await asyncpg.connect(self.embedded.database_url)
+        try:
+            dead = await database.fetchrow("SELECT id, heartbeat_at FROM replica WHERE label = $1", label)
+            async with asyncio.timeout(wait_s):
+                while (row := await database.fetchrow(REMAINS, dead["id"]))[0]:  # noqa: ASYNC110 - nobody tells
+                    await asyncio.sleep(SWEPT_POLL_S)
+        finally:
+            await database.close(timeout=5)
+        return {"after_heartbeat_s": (row[1] - dead["heartbeat_at"]).total_seconds()}
 
     async def do_rows(self) -> dict[str, Any]:
         """What the database says: sessions by replica, history by reason, replicas."""
@@ -184,8 +222,9 @@ class Stand:
 
 
 async def main() -> None:
-    folder, *settings = sys.argv[1:]
-    stand = Stand(Path(folder), dict(setting.split("=", 1) for setting in settings))
+    folder, cores, *settings = sys.argv[1:]
+    own = [int(core) for core in cores.split(",")] if cores != "-" else []
+    stand = Stand(Path(folder), own, dict(setting.split("=", 1) for setting in settings))
     await stand.open()
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)

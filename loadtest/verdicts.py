@@ -21,6 +21,9 @@ DEADLINE_EARLY_MS: Final = 5.0  # two sockets' time stamps
 CONNECT_P99_MS: Final = 250.0
 DELIVERY_P99_MS: Final = 25.0
 TERMINATED_MS: Final = 1_000.0
+OFFLINE_SPARE_MS: Final = 1_000.0  # beyond an agent's own reconnect delay
+SWEEP_MS: Final = 2_000.0  # from the end of the lease
+REPLACEMENTS_PER_S: Final = 1_500.0
 DRAIN_SPARE_MS: Final = 500.0  # the end comes that long after the drain's own time at the latest
 
 
@@ -49,6 +52,14 @@ class Judge:
         measured = "nothing" if value_ms is None else f"{value_ms:,.1f} ms"
         passed = value_ms is not None and value_ms <= bound_ms
         self.verdicts.append(Verdict(guarantee, f"≤ {bound_ms:,.0f} ms", measured, passed))
+
+    def at_least(self, guarantee: str, value: float | None, bound: float, unit: str) -> None:
+        """A rate: `scale` lowers its bound."""
+        bound /= self.scale
+        measured = "nothing" if value is None else f"{value:,.0f} {unit}"
+        self.verdicts.append(
+            Verdict(guarantee, f"≥ {bound:,.0f} {unit}", measured, value is not None and value >= bound)
+        )
 
     def between_ms(self, guarantee: str, histogram: Histogram, due_ms: float) -> None:
         """Every one of them at its deadline, and at most DEADLINE_LATE_MS later."""

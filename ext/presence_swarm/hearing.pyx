@@ -48,6 +48,7 @@ cdef extern from *:
 
 cdef enum:
     CODE_NO_STATUS = 1005
+    CROSSING_MS = 25  # an event and the end of a connection may cross on their way: as long as an event may take
 
 
 # --- messages
@@ -61,11 +62,11 @@ cdef void on_success(swarm *s, link *line, const uint8_t *data, size_t size, uin
     enter(s, line, LINK_CONNECTED)
     s.now.connects += 1
     durations_add(&s.now.connect[a.group], at_ns - line.began_ns)
+    s.now.connected_last_ns = at_ns if at_ns > s.now.connected_last_ns else s.now.connected_last_ns
     if a.lost_ns:
-        if a.lost_ns < line.began_ns:
-            a.highest = 0  # a new start: what went by in between is not missing. A move must not miss anything.
-        durations_add(&s.now.outage, at_ns - a.lost_ns if at_ns > a.lost_ns else 0)
-        a.lost_ns = 0
+        come_back(s, line, at_ns)
+    elif a.hears_from_ns == 0:
+        a.hears_from_ns = at_ns
     a.current = 0 if line == &a.links[0] else 1
     if other.state == LINK_CONNECTED:
         s.now.handovers += 1
@@ -74,6 +75,36 @@ cdef void on_success(swarm *s, link *line, const uint8_t *data, size_t size, uin
         s.connected_agents += 1
     if a.behaviour == READS_NOTHING:
         watch(s, line, EPOLLRDHUP)
+
+
+cdef void come_back(swarm *s, link *line, uint64_t at_ns) noexcept nogil:
+    """Connected again. Where nothing was under way when the old connection ended, what was published in between may be missed."""
+    cdef agent *a = line.owner
+    cdef uint64_t offline_ns = at_ns - a.lost_ns if at_ns > a.lost_ns else 0
+    cdef uint64_t delay_ns = a.delay_ms * NS_PER_MS
+    durations_add(&s.now.outage, offline_ns)
+    durations_add(&s.now.overdue, offline_ns - delay_ns if offline_ns > delay_ns else 0)
+    if a.lost_ns < line.began_ns:
+        s.now.missing += pending_numbers(a)
+        if a.highest:
+            a.heard_highest = a.highest
+        a.heard_until_ns = a.lost_ns - CROSSING_MS * NS_PER_MS
+        a.hears_from_ns = at_ns
+        a.highest = 0
+    a.lost_ns = 0
+
+
+cdef uint64_t missed_before(const agent *a, const event_stamp *stamp) noexcept nogil:
+    """How many numbers before the first one of a stretch must have come, and have not. Of the last one before it the time is
+    known; those before that one are older.
+    """
+    if stamp.number <= a.heard_highest + 1 or stamp.before_ns == 0:
+        return 0
+    if stamp.before_ns >= a.hears_from_ns:
+        return 1
+    if a.heard_highest and stamp.before_ns < a.heard_until_ns:
+        return stamp.number - 1 - a.heard_highest
+    return 0
 
 
 cdef inline uint64_t fallen_out(uint64_t window, uint64_t ahead) noexcept nogil:
@@ -89,10 +120,11 @@ cdef uint64_t pending_numbers(const agent *a) noexcept nogil:
 
 
 @cython.overflowcheck(False)
-cdef void on_number(swarm *s, agent *a, uint64_t number) noexcept nogil:
+cdef void on_number(swarm *s, agent *a, const event_stamp *stamp) noexcept nogil:
     """Keep the last 64 numbers of the stream: two connections may deliver it side by side."""
-    cdef uint64_t back
+    cdef uint64_t back, number = stamp.number
     if a.highest == 0:
+        s.now.missing += missed_before(a, stamp)
         a.highest = number
         a.window = ~<uint64_t> 0
     elif number > a.highest:
@@ -119,7 +151,7 @@ cdef void on_event(swarm *s, link *line, const uint8_t *data, size_t size, uint6
     a.events += 1
     durations_add(&s.now.delivery[a.group], at_ns - stamp.sent_ns if at_ns > stamp.sent_ns else 0)
     if stamp.number:
-        on_number(s, a, stamp.number)
+        on_number(s, a, &stamp)
 
 
 cdef void on_error(swarm *s, link *line, const uint8_t *data, size_t size, uint64_t at_ns) noexcept nogil:
@@ -136,7 +168,8 @@ cdef void on_error(swarm *s, link *line, const uint8_t *data, size_t size, uint6
         if at_ns > s.now.terminated_last_ns:
             s.now.terminated_last_ns = at_ns
     if error.reconnect and a.behaviour == BEHAVES and line == &a.links[a.current]:
-        dial_later(s, a, error.reconnect_after_ms)
+        a.delay_ms = error.reconnect_after_ms
+        dial_later(s, a, a.delay_ms)
 
 
 cdef void on_message(swarm *s, link *line, const uint8_t *data, size_t size, uint64_t at_ns) noexcept nogil:

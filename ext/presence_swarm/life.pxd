@@ -23,6 +23,7 @@ cdef enum:  # behaviours of an agent
     SAYS_NOTHING = 2  # never sends its connect_request
     READS_NOTHING = 3  # once it is connected
     STAYS = 4         # as a good client, but moves only when its connection is over
+    ONCE = 5          # as a good client until its connection is over, and then no more
 
 cdef enum:  # states of a link
     LINK_CLOSED = 0
@@ -62,8 +63,12 @@ cdef struct agent:
     uint16_t request_bytes
     uint8_t *request         # the connect_request as a masked frame; owned
     uint64_t lost_ns         # since when without a connection; 0: has one, or never had
+    uint64_t delay_ms        # after which it was to come back, as it was told or as it chose
     uint64_t events
-    uint64_t highest         # number seen in the room's stream; 0: none yet
+    uint64_t highest         # number seen in the room's stream; 0: none yet in this stretch
+    uint64_t hears_from_ns   # what was published after this, and
+    uint64_t heard_until_ns  # before that, must have come; 0: there was no stretch before
+    uint64_t heard_highest   # number seen in the stretch before
     uint64_t window          # bit i: number highest - i was seen
 
 cdef struct close_row:
@@ -78,6 +83,7 @@ cdef struct figures:  # since they were last taken
     durations unanswered          # a ping without an answer to the end of the connection
     durations silent              # upgrade to the end, of agents that say nothing
     durations outage              # end of a connection to the next success
+    durations overdue             # of that: beyond the agent's own reconnect delay
     durations farewell            # our close frame to its answer
     durations lag                 # arrival in the socket to being read: the swarm's own lateness
     durations stall               # one turn of the loop
@@ -97,6 +103,7 @@ cdef struct figures:  # since they were last taken
     uint64_t terminated           # messages
     uint64_t terminated_first_ns  # CLOCK_MONOTONIC; 0: none
     uint64_t terminated_last_ns
+    uint64_t connected_last_ns
     int close_rows
     close_row closes[CLOSE_ROWS]
 
@@ -116,6 +123,9 @@ cdef struct swarm:
     uint32_t capacity
     uint32_t in_state[6]     # links by state
     uint32_t connected_agents
+    uint32_t move_next       # agents that connect again with their old connection in place:
+    uint32_t move_stop       # from this one to before that one,
+    uint32_t move_window     # so many connects under way at once
     wheel timers
     figures now
 
@@ -123,6 +133,7 @@ cdef void figures_clear(figures *f) noexcept nogil
 cdef uint64_t next_random(swarm *s) noexcept nogil
 cdef void dial_later(swarm *s, agent *a, uint64_t delay_ms) noexcept nogil
 cdef void dial(swarm *s, agent *a) noexcept nogil
+cdef void move_on(swarm *s) noexcept nogil
 cdef void leave(swarm *s, link *line) noexcept nogil
 cdef void drop_link(swarm *s, link *line) noexcept nogil
 cdef void enter(swarm *s, link *line, uint8_t state) noexcept nogil

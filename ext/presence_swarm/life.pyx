@@ -50,6 +50,7 @@ cdef void figures_clear(figures *f) noexcept nogil:
     durations_clear(&f.unanswered)
     durations_clear(&f.silent)
     durations_clear(&f.outage)
+    durations_clear(&f.overdue)
     durations_clear(&f.farewell)
     durations_clear(&f.lag)
     durations_clear(&f.stall)
@@ -77,14 +78,17 @@ cdef void dial_later(swarm *s, agent *a, uint64_t delay_ms) noexcept nogil:
     wheel_start(&s.timers, &a.entry, (monotonic_ns() - s.start_ns) // NS_PER_MS + 1 + delay_ms)
 
 
-cdef void back_off(swarm *s, agent *a) noexcept nogil:
-    """Again after a random time that doubles with every failure."""
+cdef uint64_t back_off(swarm *s, agent *a) noexcept nogil:
+    """Again after a random time that doubles with every failure; returns it."""
+    cdef uint64_t delay_ms
     cdef uint64_t most_ms = FIRST_BACKOFF_MS << a.failures if a.failures < 8 else MOST_BACKOFF_MS
     if most_ms > MOST_BACKOFF_MS:
         most_ms = MOST_BACKOFF_MS
     if a.failures < 255:
         a.failures += 1
-    dial_later(s, a, most_ms // 2 + next_random(s) % (most_ms // 2 + 1))
+    delay_ms = most_ms // 2 + next_random(s) % (most_ms // 2 + 1)
+    dial_later(s, a, delay_ms)
+    return delay_ms
 
 
 cdef void dial(swarm *s, agent *a) noexcept nogil:
@@ -125,6 +129,20 @@ cdef void dial(swarm *s, agent *a) noexcept nogil:
         back_off(s, a)
         return
     enter(s, line, LINK_DIALLING)
+
+
+cdef void move_on(swarm *s) noexcept nogil:
+    """Dial for the next of those that are to move, as many as may be under way."""
+    cdef agent *a
+    while (
+        s.move_next < s.move_stop
+        and s.in_state[LINK_DIALLING] + s.in_state[LINK_UPGRADING] + s.in_state[LINK_WAITING] < s.move_window
+    ):
+        a = &s.agents[s.move_next]
+        s.move_next += 1
+        a.delay_ms = 0
+        if a.links[a.current].state == LINK_CONNECTED:
+            dial(s, a)
 
 
 cdef void watch(swarm *s, link *line, uint32_t events) noexcept nogil:
@@ -273,4 +291,4 @@ cdef void go_on(swarm *s, link *line, bint was_current, bint may_return, uint64_
     if a.behaviour not in (BEHAVES, STAYS) or not may_return:
         a.is_done = not has_other
     elif not was_current or not line.is_told or a.behaviour == STAYS:
-        back_off(s, a)  # with a message, its time runs already
+        a.delay_ms = back_off(s, a)  # with a message, its time runs already

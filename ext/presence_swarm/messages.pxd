@@ -22,6 +22,7 @@ cdef enum:
 cdef struct event_stamp:
     uint64_t sent_ns  # the publisher's CLOCK_MONOTONIC; 0: not an event of ours
     uint64_t number   # in its numbered stream, from 1; 0: not numbered
+    uint64_t before_ns  # the stamp of the number before; 0: unknown, or there is none
 
 cdef struct session_error:
     char type[ERROR_TYPE_BYTES]
@@ -69,14 +70,16 @@ cdef inline uint64_t number_behind(const uint8_t *data, size_t size, const char 
 
 
 cdef inline void read_stamp(const uint8_t *data, size_t size, event_stamp *stamp) noexcept nogil:
-    """Of an event whose payload begins {"at":NS,"n":NUMBER: the publishers of the load tests write it so."""
+    """Of an event whose payload begins {"at":NS,"n":NUMBER,"was":NS: the publishers of the load tests write it so."""
     cdef const uint8_t *end = data + size
     cdef const uint8_t *at = behind(data, size, b'"payload":{"at":')
     stamp.sent_ns = 0
     stamp.number = 0
+    stamp.before_ns = 0
     if at != NULL:
         stamp.sent_ns = number_at(at, end)
         stamp.number = number_behind(at, <size_t> end - <size_t> at, b'"n":')
+        stamp.before_ns = number_behind(at, <size_t> end - <size_t> at, b'"was":')
 
 
 cdef inline void read_error(const uint8_t *data, size_t size, session_error *error) noexcept nogil:

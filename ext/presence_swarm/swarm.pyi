@@ -9,6 +9,7 @@ MUTE: Final = 1  # answers no ping
 SILENT: Final = 2  # never sends its connect_request
 DEAF: Final = 3  # reads nothing once it is connected
 STAYING: Final = 4  # as GOOD, but after `terminated` it moves only when its connection is over
+ONCE: Final = 5  # as GOOD until its connection is over, and then it stays away
 
 class Durations(TypedDict):
     """A histogram: pairs of bucket (see `bucket_floors`) and count; the least, the most and the sum are exact."""
@@ -44,6 +45,10 @@ class Swarm:
 
     def leave(self, first: int = 0, count: int = 0xFFFFFFFF) -> int:
         """Let these agents close their connections for good; returns how many had one. `run` sees it through."""
+
+    def move(self, window: int, first: int = 0, count: int = 0xFFFFFFFF) -> None:
+        """Let these agents connect again, to the targets as they are now, while their old connections stay as they are; at most
+        `window` connects of the swarm are under way at once. `run` sees it through."""
 
     def events_of(self, index: int) -> int:
         """Stamped events that this agent has received."""

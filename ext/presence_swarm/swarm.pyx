@@ -25,6 +25,7 @@ from presence_swarm.arrivals cimport on_link_ready
 from presence_swarm.client_frames cimport CLIENT_FRAME_HEADER_BYTES, write_client_frame
 from presence_swarm.durations cimport DURATION_BUCKETS, durations, durations_add, duration_floor
 from presence_swarm.hearing cimport pending_numbers
+from presence_swarm.life cimport ONCE as LAST_BEHAVIOUR
 from presence_swarm.life cimport (
     BEHAVES,
     FRAME_MAX_BYTES,
@@ -37,7 +38,6 @@ from presence_swarm.life cimport (
     LINK_WAITING,
     READ_BYTES,
     REQUEST_MAX_BYTES,
-    STAYS,
     TARGETS,
     agent,
     dial,
@@ -45,6 +45,7 @@ from presence_swarm.life cimport (
     figures_clear,
     leave,
     link,
+    move_on,
     next_random,
     swarm,
 )
@@ -54,7 +55,7 @@ cdef enum:
     EVENTS_PER_TURN = 512
     DIALS_PER_TURN = 64  # connects are not free: sockets get their turn in between
 
-GOOD, MUTE, SILENT, DEAF, STAYING = range(5)
+GOOD, MUTE, SILENT, DEAF, STAYING, ONCE = range(6)
 
 
 cdef agent *add_agent(swarm *s, const uint8_t *request, size_t size) noexcept nogil:
@@ -88,7 +89,9 @@ cdef int turn(swarm *s, uint64_t stop_ns) noexcept nogil:
     cdef epoll_event[EVENTS_PER_TURN] events
     cdef wheel_entry *entry
     cdef uint64_t began_ns
-    cdef int _, i, count = epoll_wait(s.epoll_fd, events, EVENTS_PER_TURN, wait_ms(s, stop_ns))
+    cdef int _, i, count
+    move_on(s)
+    count = epoll_wait(s.epoll_fd, events, EVENTS_PER_TURN, wait_ms(s, stop_ns))
     if count < 0:
         return 0 if errno == EINTR else errno
     began_ns = monotonic_ns()
@@ -181,7 +184,7 @@ cdef class Swarm:
             raise ValueError("the swarm is full")
         if len(request) > REQUEST_MAX_BYTES - CLIENT_FRAME_HEADER_BYTES or not 0 <= group < GROUPS:
             raise ValueError("too large a request, or no such group")
-        if not BEHAVES <= behaviour <= STAYS or not 0 <= at_ms < 1e9:
+        if not BEHAVES <= behaviour <= LAST_BEHAVIOUR or not 0 <= at_ms < 1e9:
             raise ValueError("no such behaviour, or no such time")
         a = add_agent(&self.s, <const uint8_t *> <const char *> request, len(request))
         if a == NULL:
@@ -217,6 +220,13 @@ cdef class Swarm:
             leave(&self.s, &a.links[1])
         return left
 
+    def move(self, unsigned int window, unsigned int first=0, unsigned int count=0xFFFFFFFF):
+        if window == 0:
+            raise ValueError("a window of connects under way")
+        self.s.move_next = min(first, self.s.agent_count)
+        self.s.move_stop = min(<uint64_t> first + count, <uint64_t> self.s.agent_count)
+        self.s.move_window = window
+
     def events_of(self, unsigned int index):
         if index >= self.s.agent_count:
             raise IndexError(index)
@@ -250,12 +260,14 @@ cdef class Swarm:
             "unanswered": read_durations(&self.s.now.unanswered),
             "silent": read_durations(&self.s.now.silent),
             "outage": read_durations(&self.s.now.outage),
+            "overdue": read_durations(&self.s.now.overdue),
             "farewell": read_durations(&self.s.now.farewell),
             "lag": read_durations(&self.s.now.lag),
             "stall": read_durations(&self.s.now.stall),
             "counters": self.counters(),
             "terminated_first_ns": self.s.now.terminated_first_ns,
             "terminated_last_ns": self.s.now.terminated_last_ns,
+            "connected_last_ns": self.s.now.connected_last_ns,
             "closes": [
                 [self.s.now.closes[i].code, self.s.now.closes[i].error.decode("ascii", "replace"), self.s.now.closes[i].count]
                 for i in range(self.s.now.close_rows)

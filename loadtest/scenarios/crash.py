@@ -16,8 +16,7 @@ SWEEP_SPARE_S = 5.0
 
 
 def play(run: Run, judge: Judge) -> None:
-    replicas = REPLICAS if run.timing.stretch == 1 else 2
-    run.open(replicas=replicas)
+    run.open(replicas=REPLICAS if run.timing.stretch == 1 else 2)
     rooms = fill_small_rooms(run)
     run.publish(rooms, EVENTS_PER_ROOM_S)
     run.rest(20)
@@ -39,7 +38,7 @@ def play(run: Run, judge: Judge) -> None:
     swept_ms = None if swept_s is None else swept_s * 1e3
     judge.at_most_ms("SIGKILL to its last row swept", swept_ms, (run.timing.lease_ttl_s + SWEEP_SPARE_S) * 1e3)
     judge.equal("sessions in the database at the end", rows["sessions"], run.agents)
-    judge.equal("replicas in the database at the end", rows["replicas"], replicas - 1)
+    judge.equal("replicas in the database at the end", rows["replicas"], len(run.replicas) - 1)
     ends = {f"{code} {error}".strip() for code, error in before.closes} - {"1006"}
     judge.equal("other reasons for which connections ended", sorted(ends), [])
     judge.cadence(run.record.total.all_groups("cadence"))

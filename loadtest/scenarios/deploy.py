@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 
 from loadtest.running import Run
-from loadtest.scenarios.rooms import SMALL, fill_small_rooms, nothing_missing
-from loadtest.verdicts import DRAIN_SPARE_MS, TERMINATED_MS, Judge
+from loadtest.scenarios.drains import judge_end
+from loadtest.scenarios.rooms import OTHERS, fill_small_rooms, nothing_missing
+from loadtest.verdicts import OFFLINE_SPARE_MS, Judge
 from presence_swarm import swarm
 
 REPLICAS = 3
@@ -15,14 +16,16 @@ EVENTS_PER_ROOM_S = 0.2
 
 
 def play(run: Run, judge: Judge) -> None:
-    replicas = REPLICAS if run.timing.stretch == 1 else 2
     staying = max(1, round(run.agents * STAYING_SHARE))
-    run.open(replicas=replicas)
+    run.open(replicas=REPLICAS if run.timing.stretch == 1 else 2)
+    run.titles = {OTHERS: "those who do not move by themselves"}
     rooms = fill_small_rooms(run, run.agents - staying)
-    run.add("staying", rooms, staying, over_s=2, group=SMALL, behaviour=swarm.STAYING)
+    run.add("staying", rooms, staying, over_s=2, group=OTHERS, behaviour=swarm.STAYING)
     run.wait_connected(run.agents, 60)
     run.publish(rooms, EVENTS_PER_ROOM_S)
     run.rest(20)
+    run.announced()
+    replicas = len(run.replicas)
     for replica in range(replicas):
         roll(run, judge, replica)
         run.rest(20)
@@ -33,6 +36,8 @@ def play(run: Run, judge: Judge) -> None:
     judge.equal("agents connected at the end", run.connected(), run.agents)
     judge.equal("sessions in the database at the end", rows["sessions"], run.agents)
     judge.equal("replicas in the database at the end", rows["replicas"], replicas)
+    judge.at_most_ms("offline beyond the own reconnect delay, max", total.plain["overdue"].most_ms, OFFLINE_SPARE_MS)
+    announcements(run, judge, total.by_group["connect"][OTHERS].count - staying)
     nothing_missing(run, judge)
     judge.cadence(total.all_groups("cadence"))
     ends = {error for (_, error), _ in total.closes.items()} - {"terminated", "replaced", "left"}
@@ -40,6 +45,17 @@ def play(run: Run, judge: Judge) -> None:
     moved, came_back = total.counters["handovers"], total.plain["outage"]
     run.facts["moved while still connected"] = f"{moved:,}"
     run.facts["came back after the close"] = f"{came_back.count:,}, p99 {came_back.percentile_ms(0.99):,.0f} ms"
+
+
+def announcements(run: Run, judge: Judge, came_again: int) -> None:
+    """Whoever moved was silent; whoever stayed to the end of the drain left, and entered again: so many times in all."""
+    announced = run.announced()
+    left, entered = announced["agent.leave"], announced["agent.enter"]
+    judge.equal("agent.leave of those who moved", left.get("student", 0), 0)
+    judge.equal("agent.enter of those who moved", entered.get("student", 0), 0)
+    judge.equal("announcements made twice", announced["repeated"], 0)
+    judge.equal("agent.leave of those who were closed at the end", left.get("staying", 0), came_again)
+    judge.equal("agent.enter of those who were closed at the end", entered.get("staying", 0), came_again)
 
 
 def roll(run: Run, judge: Judge, replica: int) -> None:
@@ -50,16 +66,8 @@ def roll(run: Run, judge: Judge, replica: int) -> None:
     run.say(f"replica {replica} with {sessions:,} agents ends")
     window = run.record.open_window(f"drain of replica {replica}")
     at_ns = run.signal(replica, signal.SIGTERM)
-    limit_ms = run.timing.drain_timeout_s * 1e3 + DRAIN_SPARE_MS
     end = run.stand.ask("ended", replica=replica, wait_s=run.timing.drain_timeout_s + 30)
-    left = run.stand.ask("rows")["by_replica"].get(f"load-{replica}", 0)
     run.wait_connected(run.agents, 30)
     run.settle()
     run.record.close_window(f"drain of replica {replica}")
-    who = f"replica {replica}"
-    told_ms = (window.terminated_last_ns - at_ns) / 1e6 if window.terminated_last_ns else None
-    judge.equal(f"{who}: agents told", window.counters["terminated"], sessions)
-    judge.at_most_ms(f"{who}: SIGTERM to `terminated` at the last agent", told_ms, TERMINATED_MS)
-    judge.at_most_ms(f"{who}: SIGTERM to all closed, all rows written, exit", (end["at_ns"] - at_ns) / 1e6, limit_ms)
-    judge.equal(f"{who}: exit status", end["status"], 0)
-    judge.equal(f"{who}: sessions of it left in the database", left, 0)
+    judge_end(run, judge, replica, window, at_ns=at_ns, end=end, sessions=sessions)
