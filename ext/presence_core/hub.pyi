@@ -74,6 +74,14 @@ class Room:
     def queued_bytes(self) -> int:
         """Bytes of the events that wait; those being served right now are not among them."""
 
+    @property
+    def events_taken(self) -> int:
+        """How many events it has taken so far."""
+
+    @property
+    def events_served(self) -> int:
+        """How many of them every member has been sent, or has in its backlog: the first so many, for they go in order."""
+
     def __len__(self) -> int:
         """How many members it has."""
 

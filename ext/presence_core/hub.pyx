@@ -89,6 +89,14 @@ cdef class Room:
     def __len__(self):
         return <Py_ssize_t> self.members.count
 
+    @property
+    def events_taken(self) -> int:
+        return self.next_number
+
+    @property
+    def events_served(self) -> int:
+        return self.events.items[self.events.start].number if self.events.end else self.next_number
+
     def broadcast(self, bytes frame not None, *, Connection exclude=None, Connection only=None, received_ns=None) -> bool:
         cdef uint64_t received = monotonic_ns() if received_ns is None else received_ns
         if self.members.count == 0:

@@ -97,12 +97,12 @@ class App:
         )
         stack.push_async_callback(self.store.close)
         self.sessions = Sessions(
-            self.store, self.bus, self.fanout, self.steps, metrics, subject_prefix=settings.subject_prefix
+            self.store, self.bus, self.fanout, self.owners, self.steps, metrics, subject_prefix=settings.subject_prefix
         )
         self.lives = Lives(
             settings, authenticator, authorizer, self.sessions, self.fanout, metrics, self.steps, random=random.random
         )
-        await self.owners.serve(self.replica_id, self.sessions.release, self.sessions.remove)
+        await self._serve_others(self.replica_id)
         self.lease = Lease(
             settings,
             self.store,
@@ -143,9 +143,12 @@ class App:
         self.fanout.use(self.hub)
         self.metrics.register_hub(self.hub.stats)
 
+    async def _serve_others(self, replica_id: UUID) -> None:
+        await self.owners.serve(replica_id, self.sessions.release, self.sessions.remove, self.sessions.deliver)
+
     async def _come_back(self, replica_id: UUID) -> None:
         """Swept: go on as somebody else, who owns nothing yet."""
-        await self.owners.serve(replica_id, self.sessions.release, self.sessions.remove)
+        await self._serve_others(replica_id)
         await self.store.begin_anew(replica_id)
         self.replica_id = replica_id
         await self.sessions.come_back()

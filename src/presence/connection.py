@@ -167,14 +167,14 @@ class Lives:
         await self._authorizer.authorize(identity, agent_id, request.classroom_id)
         return identity
 
-    def _welcome(self, agent: Agent, session_id: int, room: Room) -> bool:
-        """All is in place: say so and let the events come. False: the agent has gone meanwhile."""
+    def _welcome(self, agent: Agent, session_id: int, room: Room, held: bytes) -> bool:
+        """All is in place: say so and let the events come, the held ones first. False: the agent has gone meanwhile."""
         if agent.phase is not Phase.CONNECTING or not agent.is_open:
             return False
         settings = self._settings
         ping_interval_ms, pong_timeout_ms = int(settings.ping_interval_s * 1000), int(settings.pong_timeout_s * 1000)
         success = protocol.encode_success(session_id, agent.agent_id, ping_interval_ms, pong_timeout_ms)
-        if not agent.send(encode_frame(OPCODE_TEXT, success)):
+        if not agent.send(encode_frame(OPCODE_TEXT, success) + held):
             return False
         agent.session_id = session_id
         self._enter_phase(agent, Phase.CONNECTED)

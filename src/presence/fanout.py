@@ -1,13 +1,14 @@
 """Fan-out: a NATS message becomes one frame, once, and goes to the room of its classroom in the hub.
 
-Owns the classrooms that have agents on this replica, and who is in them. Knows nothing of sessions' rows, subscriptions or
-sockets.
+Owns the classrooms that have agents on this replica, who is in them, and the events held for those who are about to be.
+Knows nothing of sessions' rows, subscriptions or sockets.
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
@@ -27,17 +28,40 @@ RECEIVER: Final = "Receiver-Agent-Id"
 INTERNAL: Final = "Is-Internal"
 MESSAGE_ID: Final = "Nats-Msg-Id"
 
+MAX_HELD_BYTES: Final = 262_144  # of events for one agent that is about to come in
+POLL_S: Final = 0.002
+
+
+class Held:
+    """The events for an agent that is about to come in: it gets them right behind its success."""
+
+    __slots__ = ("frames", "lost", "missed", "size_bytes")
+
+    def __init__(self) -> None:
+        self.frames: list[bytes] = []
+        self.size_bytes = 0
+        self.missed = 0  # events past the bound
+        self.lost = False  # others may be missing, nobody knows how many
+
+    def add(self, frame: bytes) -> None:
+        if self.missed or self.size_bytes + len(frame) > MAX_HELD_BYTES:
+            self.missed += 1
+            return
+        self.frames.append(frame)
+        self.size_bytes += len(frame)
+
 
 class Classroom:
     """The agents of one classroom on this replica, and their room in the hub."""
 
-    __slots__ = ("agents", "classroom_id", "key", "lost", "missed", "room")
+    __slots__ = ("agents", "classroom_id", "held", "key", "lost", "missed", "room")
 
     def __init__(self, classroom_id: UUID, key: str, room: Room) -> None:
         self.classroom_id = classroom_id
         self.key = key
         self.room = room
         self.agents: dict[str, Agent] = {}
+        self.held: dict[Agent, Held] = {}
         # Since the members were last told of a gap:
         self.missed = 0  # events refused here
         self.lost = False  # events lost before they came here, nobody knows how many
@@ -80,9 +104,34 @@ class Fanout:
         classroom = self._classrooms.get(key)
         if classroom is None or classroom.agents.get(agent.agent_id) is not agent:
             return
+        classroom.held.pop(agent, None)
         del classroom.agents[agent.agent_id]
         if not classroom.agents:
             del self._classrooms[key]
+
+    # --- an agent that comes from another replica: what it may not have heard there, it hears here
+
+    def hold(self, classroom_id: UUID, agent: Agent) -> None:
+        """From now on keep the events for this agent, which has entered but is not in the room yet."""
+        self._classrooms[str(classroom_id)].held[agent] = Held()
+
+    def take_held(self, classroom_id: UUID, agent: Agent, *, is_whole: bool) -> bytes:
+        """What was kept for it, as frames in order, and a gap if that, or what was before it, is not whole."""
+        held = self._classrooms[str(classroom_id)].held.pop(agent)
+        if held.missed or held.lost or not is_whole:
+            gap = protocol.encode_gap(held.missed if is_whole and not held.lost else None)
+            held.frames.append(encode_frame(OPCODE_TEXT, gap))
+            self._metrics.gaps.labels("hand_over").inc()
+        return b"".join(held.frames)
+
+    async def served(self, classroom_ids: Iterable[UUID]) -> None:
+        """Return when the agents of these classrooms have been sent all that has come for them by now."""
+        found = [self._classrooms.get(str(classroom_id)) for classroom_id in set(classroom_ids)]
+        rooms = [(classroom.room, classroom.room.events_taken) for classroom in found if classroom is not None]
+        for room, taken in rooms:
+            # Mostly true at once; a callback would cost something at every event.
+            while room.events_served < taken:  # noqa: ASYNC110
+                await asyncio.sleep(POLL_S)
 
     # --- events
 
@@ -111,6 +160,9 @@ class Fanout:
             return
         event = protocol.encode_event(message_id or next(self._event_ids), subject, data)
         frame = encode_frame(OPCODE_TEXT, event)
+        for agent, held in classroom.held.items():
+            if agent is not exclude and only in (None, agent):
+                held.add(frame)
         if classroom.room.broadcast(frame, exclude=exclude, only=only, received_ns=received_ns):
             self._metrics.events_in.inc()
         else:
@@ -127,6 +179,8 @@ class Fanout:
         """Messages were lost before they came here, nobody knows how many, or in which classrooms."""
         for classroom in self._classrooms.values():
             classroom.lost = True
+            for held in classroom.held.values():
+                held.lost = True
             self._tell_gap(classroom, "outage")
 
     def _tell_gap(self, classroom: Classroom, cause: str) -> None:

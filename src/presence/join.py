@@ -65,7 +65,10 @@ class TerminalAgent:
     chance: Callable[[], float] = random.random
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     _failures: int = 0
-    _previous: set[asyncio.Task[None]] = field(default_factory=set, repr=False)  # sockets of gateways that go away
+    _previous: dict[asyncio.Task[None], ClientConnection] = field(
+        default_factory=dict, repr=False
+    )  # gateways that go away
+    _hanging_up: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
     _shown_ids: dict[str, None] = field(default_factory=dict, repr=False)  # of the last events, oldest first
 
     async def run(self) -> int:
@@ -142,8 +145,8 @@ class TerminalAgent:
                     return _end_from(facts), False
                 # The gateway keeps serving until it closes: stay until another one has us, and miss nothing.
                 listening = asyncio.create_task(self._listen_on(socket))
-                self._previous.add(listening)
-                listening.add_done_callback(self._previous.discard)
+                self._previous[listening] = socket
+                listening.add_done_callback(self._previous.pop)
                 return _end_from(facts), True
 
     async def _listen_on(self, socket: ClientConnection) -> None:
@@ -159,8 +162,11 @@ class TerminalAgent:
             await socket.close(NORMAL_CLOSE)
 
     def _leave_previous(self) -> None:
-        for task in self._previous:
-            task.cancel()
+        """Hang up there, and take what still comes in front of the answer."""
+        for socket in self._previous.values():
+            hanging_up = asyncio.create_task(socket.close(NORMAL_CLOSE))
+            self._hanging_up.add(hanging_up)
+            hanging_up.add_done_callback(self._hanging_up.discard)
 
     def _show(self, message: dict[str, Any]) -> None:
         if message.get("type") == "event":

@@ -107,11 +107,16 @@ class Metrics:
 
     def _add_replicas(self) -> None:
         self.owners_asked = self._counter("owners_asked", "Sessions that another replica was asked for", "outcome")
+        self.hand_overs = self._counter(
+            "hand_overs", "Agents taken over from a drain: was it proven that they missed no event?", "outcome"
+        )
         self.sessions_swept = self._counter("sessions_swept", "Sessions of dead replicas moved to history here")
         self.leases_lost = self._counter("leases_lost", "Times that this replica found itself swept")
         self.lease_age = self._gauge("lease_age_seconds", "Since this replica's lease was last renewed")
         for outcome in ("answered", "silent"):
             self.owners_asked.labels(outcome)
+        for outcome in ("proven", "unproven"):
+            self.hand_overs.labels(outcome)
 
     def register_hub(self, read: Callable[[], Mapping[str, Any]]) -> None:
         """Add what the hub counts in C; `read` is called once per scrape and must only copy numbers.

@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 from uuid import UUID, uuid4
 
 import orjson
 
 from presence.errors import SessionError, Unavailable
 from presence.log import get
-from presence.store import Elsewhere
+from presence.store import Elsewhere, LetGo
 
 if TYPE_CHECKING:
     from presence.bus import Bus
@@ -37,63 +38,123 @@ SWEEP_JITTER_S: Final = 0.1
 RETRY_S: Final = 0.25
 RECONCILE_INTERVAL_S: Final = 60.0
 
-Release = Callable[[UUID, str, int], Awaitable[bool]]
+Key = tuple[UUID, str]  # classroom, agent
 
 
+class Released(NamedTuple):
+    """A session that another replica asked for. `was_told`: the others know that it opened, as far as is known here.
+
+    `delivering`: it is of a drain, and its agent goes on hearing its events here until it hangs up.
+    """
+
+    was_told: bool
+    delivering: bool = False
+
+
+Release = Callable[[UUID, str, int], Awaitable[Released]]
 Remove = Callable[[UUID, str, int], bool]
+Deliver = Callable[[Sequence[Key]], Awaitable[None]]
 YES: Final = b"yes"
 NO: Final = b"no"
 
 
-def subject_of(replica_id: UUID, request: Literal["release", "remove"]) -> str:
+def subject_of(replica_id: UUID, request: Literal["release", "remove", "delivered"]) -> str:
     return f"presence.replica.{replica_id}.{request}"
 
 
 class Owners:
-    """Asks replicas to let go of sessions or to end them, and does so when asked."""
+    """Asks replicas to let go of sessions, to end them, to have sent what they know; and does so when asked."""
 
     def __init__(self, bus: Bus, metrics: Metrics) -> None:
         self._bus = bus
         self._metrics = metrics
         self._subjects: list[str] = []
+        self._moving: defaultdict[UUID, list[tuple[Key, asyncio.Future[bool]]]] = defaultdict(list)
+        self._asking: set[asyncio.Task[None]] = set()
 
-    async def ask(self, owner: UUID, sessions: Sequence[Elsewhere]) -> Sequence[int]:
-        """Return when the owner has closed their sockets, or when it has had OWNER_TIMEOUT_S to do so.
-
-        The answer: which of the sessions nobody has been told of.
-        """
-        untold: Sequence[int] = ()
+    async def ask(self, owner: UUID, sessions: Sequence[Elsewhere]) -> LetGo:
+        """Return when the owner has closed their sockets, or when it has had OWNER_TIMEOUT_S to do so."""
+        let_go = LetGo()
         payload = orjson.dumps([[each.session_id, str(each.classroom_id), each.agent_id] for each in sessions])
         try:
-            untold = orjson.loads(await self._bus.request(subject_of(owner, "release"), payload, OWNER_TIMEOUT_S))
+            answer = orjson.loads(await self._bus.request(subject_of(owner, "release"), payload, OWNER_TIMEOUT_S))
+            let_go = LetGo(frozenset(answer["untold"]), frozenset(answer["delivering"]))
             outcome = "answered"
         except Unavailable:
             outcome = "silent"
         self._metrics.owners_asked.labels(outcome).inc(len(sessions))
-        return untold
+        return let_go
+
+    async def delivered(self, owner: UUID, classroom_id: UUID, agent_id: str) -> bool:
+        """Whether a draining owner has sent this agent all that NATS had sent to it by the time of this call.
+
+        It has OWNER_TIMEOUT_S to say so. Those who ask in one turn of the loop, as many as one proof of the bus has woken,
+        are one request.
+        """
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        if owner not in self._moving:
+            asyncio.get_running_loop().call_soon(self._ask_delivered, owner)
+        self._moving[owner].append(((classroom_id, agent_id), answer))
+        has_all = await answer
+        self._metrics.hand_overs.labels("proven" if has_all else "unproven").inc()
+        return has_all
+
+    def _ask_delivered(self, owner: UUID) -> None:
+        task = asyncio.get_running_loop().create_task(self._prove_delivered(owner, self._moving.pop(owner)))
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    async def _prove_delivered(self, owner: UUID, moving: list[tuple[Key, asyncio.Future[bool]]]) -> None:
+        payload = orjson.dumps([[str(classroom_id), agent_id] for (classroom_id, agent_id), _ in moving])
+        has_all = False
+        try:
+            has_all = await self._bus.request(subject_of(owner, "delivered"), payload, OWNER_TIMEOUT_S) == YES
+        except Unavailable:
+            log.warning("hand_over_unproven", limited=True, agents=len(moving), replica_id=str(owner))
+        finally:
+            for _, answer in moving:
+                if not answer.done():
+                    answer.set_result(has_all)
 
     async def remove(self, owner: UUID, session: Elsewhere) -> bool:
         """Have the owner end a session that an operator wants removed; raises Unavailable when it does not answer."""
         payload = orjson.dumps([session.session_id, str(session.classroom_id), session.agent_id])
         return await self._bus.request(subject_of(owner, "remove"), payload, OWNER_TIMEOUT_S) == YES
 
-    async def serve(self, replica_id: UUID, release: Release, remove: Remove) -> None:
+    async def serve(self, replica_id: UUID, release: Release, remove: Remove, deliver: Deliver) -> None:
         """Answer what other replicas ask of this one; raises Unavailable when they cannot."""
 
         async def on_release(payload: bytes) -> bytes:
             wanted = orjson.loads(payload)
-            told = await asyncio.gather(*(release(UUID(room), agent_id, number) for number, room, agent_id in wanted))
-            return orjson.dumps([number for (number, _, _), was_told in zip(wanted, told, strict=True) if not was_told])
+            let_go = await asyncio.gather(*(release(UUID(room), agent_id, number) for number, room, agent_id in wanted))
+            numbered = [(number, each) for (number, _, _), each in zip(wanted, let_go, strict=True)]
+            untold = [number for number, each in numbered if not each.was_told]
+            return orjson.dumps(
+                {"untold": untold, "delivering": [number for number, each in numbered if each.delivering]}
+            )
 
         async def on_remove(payload: bytes) -> bytes:
             number, room, agent_id = orjson.loads(payload)
             return YES if remove(UUID(room), agent_id, number) else NO
 
+        async def on_delivered(payload: bytes) -> bytes:
+            try:
+                async with asyncio.timeout(OWNER_TIMEOUT_S):
+                    await deliver([(UUID(room), agent_id) for room, agent_id in orjson.loads(payload)])
+            except (TimeoutError, Unavailable):
+                return NO
+            return YES
+
         for subject in self._subjects:
             self._bus.stop_serving(subject)
-        self._subjects = [subject_of(replica_id, "release"), subject_of(replica_id, "remove")]
-        await self._bus.serve(self._subjects[0], on_release)
-        await self._bus.serve(self._subjects[1], on_remove)
+        answers = {
+            subject_of(replica_id, "release"): on_release,
+            subject_of(replica_id, "remove"): on_remove,
+            subject_of(replica_id, "delivered"): on_delivered,
+        }
+        self._subjects = list(answers)
+        for subject, answer in answers.items():
+            await self._bus.serve(subject, answer)
         await self._bus.confirm()
 
 

@@ -19,6 +19,7 @@ from uuid import UUID
 from presence import protocol, reasons
 from presence.errors import SessionError, Unavailable
 from presence.log import get
+from presence.replicas import Released
 from presence_core.hub import Room
 
 if TYPE_CHECKING:
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     from presence.fanout import Fanout
     from presence.metrics import Metrics
     from presence.reasons import Reason
+    from presence.replicas import Owners
     from presence.steps import Steps
-    from presence.store import ClosedSession, SessionRow, Store
+    from presence.store import ClosedSession, OpenedSession, SessionRow, Store
 
 log = get("sessions")
 
@@ -37,6 +39,7 @@ LET_GO_S: Final = 3.0  # whoever asked for a session has taken it by then, or ha
 ORPHAN_AGE: Final = timedelta(seconds=60)  # a row that nobody here knows may be one that is just being made
 
 Key = tuple[UUID, str]
+Welcome = Callable[["Agent", int, Room, bytes], bool]
 
 
 class Gone(SessionError):
@@ -94,11 +97,20 @@ class Turns:
 
 class Sessions:
     def __init__(
-        self, store: Store, bus: Bus, fanout: Fanout, steps: Steps, metrics: Metrics, *, subject_prefix: str
+        self,
+        store: Store,
+        bus: Bus,
+        fanout: Fanout,
+        owners: Owners,
+        steps: Steps,
+        metrics: Metrics,
+        *,
+        subject_prefix: str,
     ) -> None:
         self._store = store
         self._bus = bus
         self._fanout = fanout
+        self._owners = owners
         self._steps = steps
         self._metrics = metrics
         self._subject_prefix = subject_prefix
@@ -117,10 +129,10 @@ class Sessions:
 
     # --- open
 
-    async def connect(self, agent: Agent, welcome: Callable[[Agent, int, Room], bool]) -> None:
+    async def connect(self, agent: Agent, welcome: Welcome) -> None:
         """Bring an authenticated agent into its classroom; raises SessionError when that cannot be.
 
-        `welcome` says success and joins the room, in one step.
+        `welcome` says success, sends the frames that are held for it, and joins the room, in one step.
         """
         assert agent.classroom_id is not None
         key = agent.classroom_id, agent.agent_id
@@ -142,14 +154,14 @@ class Sessions:
         finally:
             self._turns.give(key)
 
-    async def _open(self, agent: Agent, predecessor: Agent | None, welcome: Callable[[Agent, int, Room], bool]) -> None:
+    async def _open(self, agent: Agent, predecessor: Agent | None, welcome: Welcome) -> None:
         assert agent.classroom_id is not None
         come_backs = self._come_backs
 
-        def welcome_still(agent: Agent, session_id: int, room: Room) -> bool:
+        def welcome_still(agent: Agent, session_id: int, room: Room, held: bytes) -> bool:
             if come_backs != self._come_backs:  # its row was swept, and it was not here yet to be brought back
                 raise Unavailable
-            return welcome(agent, session_id, room)
+            return welcome(agent, session_id, room, held)
 
         try:
             session = await self._store.open_session(agent.agent_id, agent.classroom_id, is_there=lambda: agent.is_open)
@@ -163,7 +175,7 @@ class Sessions:
         if not silent:
             self._unannounced.add(session.session_id)
         try:
-            await self._enter(agent, session.session_id, session.started_at, silent, welcome_still)
+            await self._enter(agent, session, silent, welcome_still)
             if predecessor is not None:
                 self._bus.release(agent.classroom_id)
         except BaseException as error:
@@ -176,29 +188,35 @@ class Sessions:
             self._store.close_later(session.session_id, reason.type, datetime.now(UTC), is_secret=is_secret)
             raise
 
-    async def _enter(
-        self,
-        agent: Agent,
-        session_id: int,
-        started_at: datetime,
-        silent: bool,
-        welcome: Callable[[Agent, int, Room], bool],
-    ) -> None:
+    async def _enter(self, agent: Agent, session: OpenedSession, silent: bool, welcome: Welcome) -> None:
         assert agent.classroom_id is not None
+        session_id = session.session_id
         await self._bus.subscribe(agent.classroom_id)
         try:
             if not silent:
-                enter = protocol.encode_agent_enter(agent.agent_id, session_id, started_at)
+                enter = protocol.encode_agent_enter(agent.agent_id, session_id, session.started_at)
                 self._publish("agent.enter", agent.classroom_id, agent.agent_id, session_id, enter)
                 self._unannounced.discard(session_id)
             await self._bus.confirm()  # NATS works in order: the subscription is active, and enter came after it
             room = self._fanout.enter(agent.classroom_id, agent)
-            if not welcome(agent, session_id, room):
+            held = b"" if session.delivering is None else await self._hand_over(agent, session.delivering)
+            if not welcome(agent, session_id, room, held):
                 raise Gone
         except BaseException:
             self._fanout.leave(agent.classroom_id, agent)
             self._bus.release(agent.classroom_id)
             raise
+
+    async def _hand_over(self, agent: Agent, owner: UUID) -> bytes:
+        """Return what came here for the agent until its old replica had sent it all that was published before.
+
+        What was published before the subscription was active comes to the old one alone, and perhaps late: the agent must
+        not be told that it may hang up there any earlier.
+        """
+        assert agent.classroom_id is not None
+        self._fanout.hold(agent.classroom_id, agent)
+        is_whole = await self._owners.delivered(owner, agent.classroom_id, agent.agent_id)
+        return self._fanout.take_held(agent.classroom_id, agent, is_whole=is_whole)
 
     def _forget(self, predecessor: Agent) -> None:
         assert predecessor.classroom_id is not None
@@ -207,10 +225,11 @@ class Sessions:
 
     # --- the same agent elsewhere
 
-    async def release(self, classroom_id: UUID, agent_id: str, session_id: int) -> bool:
+    async def release(self, classroom_id: UUID, agent_id: str, session_id: int) -> Released:
         """Another replica wants this session: its connection here ends, its row is theirs to move. Silent to the others.
 
-        Returns whether the others were told that it opened: of a row that an attempt left behind they were not.
+        Of a row that an attempt left behind the others were not told. In a drain the connection stays: the agent hears its
+        events here until it is in over there, and hangs up itself.
         """
         key = classroom_id, agent_id
         await self._turns.take(key)
@@ -220,16 +239,23 @@ class Sessions:
             if agent is not None and agent.session_id == session_id:
                 if agent.told:
                     self._moving.add(session_id)
-                    return True  # of the drain: it hears its events here until it is in over there, and drops this one itself
+                    return Released(was_told=True, delivering=True)
                 self._end(agent, reasons.REPLACED)
                 self._forget(agent)
                 is_held = True
             if is_held:
                 self._let_go[key] = session_id
                 asyncio.get_running_loop().call_later(LET_GO_S, self._close_let_go, key, session_id, datetime.now(UTC))
-            return session_id not in self._unannounced and not self._store.is_untold(classroom_id, agent_id, session_id)
+            is_untold = self._store.is_untold(classroom_id, agent_id, session_id)
+            return Released(was_told=session_id not in self._unannounced and not is_untold)
         finally:
             self._turns.give(key)
+
+    async def deliver(self, moving: Sequence[Key]) -> None:
+        """Return when these agents have been sent all that NATS had sent here before this call; raises Unavailable."""
+        # The request has come behind it all, if it is the same connection; of one that was lost, the proof brings the gap.
+        await self._bus.confirm()
+        await self._fanout.served(classroom_id for classroom_id, _ in moving)
 
     def _close_let_go(self, key: Key, session_id: int, ended_at: datetime) -> None:
         """A row that was taken is no longer ours: nothing happens to it. One that was not has nobody."""

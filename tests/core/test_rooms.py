@@ -69,6 +69,24 @@ def test_every_member_hears_every_event_in_order(hub: Hub) -> None:
     assert all(numbers(peer) == list(range(200)) for peer in peers)
 
 
+def test_a_room_knows_how_many_events_everyone_has_been_sent(hub: Hub) -> None:
+    room = hub.new_room()
+    assert (room.events_taken, room.events_served) == (0, 0)
+    peers = join(hub, room, 1000)
+    for number in range(3):
+        room.broadcast(text(number))
+    assert (room.events_taken, room.events_served) == (3, 0)
+    served = 0
+    while served < 3:
+        hub.run_once(0)
+        served = room.events_served
+        assert all(len(numbers(peer)) >= served for peer in peers)
+    room.broadcast(text(3), only=peers[0].connection)
+    assert (room.events_taken, room.events_served) == (4, 3)
+    settle(hub)
+    assert (room.events_taken, room.events_served) == (4, 4)
+
+
 def test_events_that_wait_go_out_in_one_send(hub: Hub) -> None:
     room = hub.new_room()
     peers = join(hub, room, 10)

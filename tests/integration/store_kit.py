@@ -12,7 +12,7 @@ from typing import Any
 import asyncpg
 
 from presence.metrics import Metrics
-from presence.store import ClosedSession, Elsewhere, Store
+from presence.store import ClosedSession, Elsewhere, LetGo, Store
 
 
 def now() -> datetime:
@@ -40,9 +40,9 @@ async def replica_of(url: str, *, max_queued_closes: int = 1000) -> AsyncIterato
 
     asked: list[tuple[uuid.UUID, list[int]]] = []
 
-    async def ask_owner(owner: uuid.UUID, sessions: Sequence[Elsewhere]) -> Sequence[int]:
+    async def ask_owner(owner: uuid.UUID, sessions: Sequence[Elsewhere]) -> LetGo:
         asked.append((owner, [session.session_id for session in sessions]))
-        return ()
+        return LetGo()
 
     store = await Store.open(
         url,
@@ -59,9 +59,9 @@ async def replica_of(url: str, *, max_queued_closes: int = 1000) -> AsyncIterato
         await store.close(timeout_s=0.5)
 
 
-async def ask_nobody(owner: uuid.UUID, sessions: Sequence[Elsewhere]) -> Sequence[int]:
+async def ask_nobody(owner: uuid.UUID, sessions: Sequence[Elsewhere]) -> LetGo:
     """For stores without neighbours."""
-    return ()
+    return LetGo()
 
 
 NewReplica = Callable[[], Awaitable[Replica]]

@@ -14,7 +14,7 @@ import pytest
 from running import Overheard, Running, Signer, running_gateway
 from store_kit import replica_of, tables_of
 
-from presence.store import Elsewhere, SessionRow, Store
+from presence.store import Elsewhere, LetGo, SessionRow, Store
 from presence.store.database import Away
 from processes import PROGRAM, Command
 from proxy import Proxy
@@ -134,7 +134,7 @@ async def test_a_session_that_was_let_go_and_not_taken_ends_within_seconds(one: 
     overheard = await Overheard(one.nats).listen(f"classrooms.{one.classroom_id}.agent")
     agent, success = await one.join("alice")
     row = Elsewhere(success["session_id"], UUID(one.classroom_id), success["agent_id"])
-    assert await two.app.owners.ask(one.app.replica_id, [row]) == []
+    assert not (await two.app.owners.ask(one.app.replica_id, [row])).untold
     assert await agent.error() == ("replaced", 4505)
     assert await within(one.reason_of(success["session_id"]), 10) == "lost"
     assert await one.rows() == []
@@ -150,11 +150,11 @@ async def test_who_comes_back_before_its_session_is_taken_elsewhere_is_not_left_
     openings = two.app.store._openings
     ask, asked, go_on = openings._ask_owner, asyncio.Event(), asyncio.Event()
 
-    async def ask_and_pause(owner: UUID, sessions: Sequence[Elsewhere]) -> Sequence[int]:
-        untold = await ask(owner, sessions)
+    async def ask_and_pause(owner: UUID, sessions: Sequence[Elsewhere]) -> LetGo:
+        let_go = await ask(owner, sessions)
         asked.set()
         await go_on.wait()
-        return untold
+        return let_go
 
     openings._ask_owner = ask_and_pause
     await newcomer.say(two.request("alice"))

@@ -14,7 +14,7 @@ from store_kit import NewReplica, Replica, Tables, ask_nobody, now, replica_of, 
 from presence import reasons
 from presence.errors import SessionError, StartError, Unavailable
 from presence.metrics import Metrics
-from presence.store import ClosedSession, SessionRow, Store
+from presence.store import ClosedSession, LetGo, SessionRow, Store
 from servers import PostgresDatabase, free_port
 from waiting import eventually, within
 
@@ -104,10 +104,11 @@ async def test_a_session_is_not_taken_from_an_owner_that_was_not_asked(
     old, middle = await new_replica(), await new_replica()
     async with replica_of(database_url) as new:
 
-        async def moves_on_while_it_is_asked(owner: uuid.UUID, sessions: object) -> None:
+        async def moves_on_while_it_is_asked(owner: uuid.UUID, sessions: object) -> LetGo:
             new.asked.append((owner, []))
             if owner == old.id:
                 await middle.store.open_session("web.alice.aud", ROOM)
+            return LetGo()
 
         new.store._openings._ask_owner = moves_on_while_it_is_asked
         await old.store.open_session("web.alice.aud", ROOM)
@@ -122,9 +123,10 @@ async def test_an_owner_that_does_not_answer_delays_only_its_own(database_url: s
     async with replica_of(database_url) as new:
         answered = asyncio.Event()
 
-        async def ask(owner: uuid.UUID, sessions: object) -> None:
+        async def ask(owner: uuid.UUID, sessions: object) -> LetGo:
             if owner == frozen.id:
                 await answered.wait()
+            return LetGo()
 
         new.store._openings._ask_owner = ask
         await frozen.store.open_session("web.alice.aud", ROOM)

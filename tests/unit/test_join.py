@@ -328,6 +328,29 @@ async def test_the_old_socket_stays_while_the_new_one_is_refused() -> None:
         assert await it.run() == 1
 
 
+async def test_what_comes_from_the_old_gateway_in_front_of_its_answer_is_shown_too() -> None:
+    served = asyncio.Event()
+
+    async def old(caller: Caller) -> None:
+        await caller.welcome(1)
+        await caller.fail("terminated", reconnect=True)
+        caller.socket.transport.pause_reading()
+        await within(served.wait())
+        await caller.event("1", "late")
+        caller.socket.transport.resume_reading()
+        assert await caller.left() == 1000
+
+    async def new(caller: Caller) -> None:
+        await caller.welcome(2)
+        await eventually(lambda: len([line for line in it.shown if line.startswith("connected")]) == 2)
+        served.set()
+        await eventually(lambda: 'chat "late"' in it.shown)
+        await caller.fail("removed", reconnect=False)
+
+    async with stage(old, new) as it:
+        assert await it.run() == 1
+
+
 async def test_an_old_gateway_that_closes_first_does_no_harm() -> None:
     gone = asyncio.Event()
 

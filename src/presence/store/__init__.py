@@ -10,7 +10,7 @@ Owns the connections, the statements, and the closes that wait through an outage
 """
 
 from presence.store.closing import ClosedSession
-from presence.store.opening import Elsewhere, OpenedSession
+from presence.store.opening import Elsewhere, LetGo, OpenedSession
 from presence.store.store import MAX_QUEUED_CLOSES, SessionRow, Store
 
-__all__ = ["MAX_QUEUED_CLOSES", "ClosedSession", "Elsewhere", "OpenedSession", "SessionRow", "Store"]
+__all__ = ["MAX_QUEUED_CLOSES", "ClosedSession", "Elsewhere", "LetGo", "OpenedSession", "SessionRow", "Store"]

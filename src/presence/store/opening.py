@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Literal
@@ -45,11 +45,15 @@ KINDS: Final = {"created": "open", "kept": "open", "taken_over": "take_over", "f
 
 @dataclass(frozen=True, slots=True)
 class OpenedSession:
-    """The row that an agent has now. `kept`: it had one on this replica already; `taken_over`: on another one."""
+    """The row that an agent has now. `kept`: it had one on this replica already; `taken_over`: on another one.
+
+    `delivering`: the replica that it was taken from, if that one drains and the agent goes on hearing its events there.
+    """
 
     session_id: int
     started_at: datetime
     outcome: Outcome
+    delivering: UUID | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +65,20 @@ class Elsewhere:
     agent_id: str
 
 
-# Asks a replica to let go of sessions; returns when it has, or when it has been given long enough: the ids of those that
-# nobody was told of, as far as it knows.
-AskOwner = Callable[[UUID, Sequence[Elsewhere]], Awaitable[Sequence[int]]]
+@dataclass(frozen=True, slots=True)
+class LetGo:
+    """What an owner says of the sessions that it was asked for, by their ids.
+
+    untold: of these nobody was told that they opened, as far as it knows.
+    delivering: these are of its drain, and their agents go on hearing their events there until they hang up.
+    """
+
+    untold: Collection[int] = ()
+    delivering: Collection[int] = ()
+
+
+# Asks a replica to let go of sessions; returns when it has, or when it has been given long enough.
+AskOwner = Callable[[UUID, Sequence[Elsewhere]], Awaitable[LetGo]]
 
 
 def always() -> bool:
@@ -78,6 +93,7 @@ class Request:
 
     __slots__ = (
         "answer",
+        "delivering",
         "is_there",
         "key",
         "may_have_made",
@@ -104,6 +120,7 @@ class Request:
         # The session elsewhere whose owner was asked to let go of it.
         self.wanted_id = 0
         self.was_told = True  # the others know of that session, unless its owner says otherwise
+        self.delivering: UUID | None = None  # its owner, if that goes on sending the agent its events
         # The outcome to report should a row with our `started_at` be found: an attempt ended without an answer.
         self.may_have_made: Outcome | None = None
         self.rounds = 0
@@ -233,7 +250,7 @@ class Openings:
             elif not request.is_there():  # it may have connected elsewhere meanwhile, and must not lose that
                 self._fail(request, TryAgain("the agent has gone"))
             else:
-                request.wanted_id, request.was_told = row[0], True
+                request.wanted_id, request.was_told, request.delivering = row[0], True, None
                 elsewhere[row[4]].append((request, Elsewhere(row[0], row[1], row[2])))
         for owner, wanted in elsewhere.items():
             self._asked_for += len(wanted)
@@ -244,9 +261,10 @@ class Openings:
     async def _ask(self, owner: UUID, wanted: list[tuple[Request, Elsewhere]]) -> None:
         """A dead owner delays its own sessions only, and these by no more than it is given to answer."""
         try:
-            untold = await self._ask_owner(owner, [session for _, session in wanted])
+            let_go = await self._ask_owner(owner, [session for _, session in wanted])
             for request, session in wanted:
-                request.was_told = session.session_id not in untold
+                request.was_told = session.session_id not in let_go.untold
+                request.delivering = owner if session.session_id in let_go.delivering else None
         except Exception as error:
             log.error("ask_owner_failed", limited=True, error=repr(error), exc_info=error)
         finally:
@@ -270,7 +288,8 @@ class Openings:
                 self._go_round(request)
             else:
                 # A session that nobody knows of is not taken over in silence: it is as new.
-                self._settle(request, OpenedSession(row[0], row[3], "taken_over" if request.was_told else "created"))
+                outcome: Outcome = "taken_over" if request.was_told else "created"
+                self._settle(request, OpenedSession(row[0], row[3], outcome, request.delivering))
 
     def _settle_own(self, request: Request, session_id: int, started_at: datetime) -> None:
         """The row found is this replica's already."""

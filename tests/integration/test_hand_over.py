@@ -1,0 +1,248 @@
+"""A drain hands an agent over and no event falls in between, however late the old replica hears of it.
+
+The agent does what docs/protocol.md says: it drops the old connection on the success of the new one, and not before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import UUID
+
+import pytest
+from running import Agent, Running, running_gateway
+from websockets.exceptions import ConnectionClosed
+
+from presence.fanout import MAX_HELD_BYTES
+from proxy import Proxy
+from waiting import eventually, within
+
+OPTIONS = {"drain_timeout_s": 5.0, "lease_ttl_s": 3.0}
+
+
+class Move:
+    """Two replicas, alice on the old one, which drains; its link to NATS and the new one's to PostgreSQL can be held up."""
+
+    def __init__(self, old: Running, new: Running, link: Proxy, database: Proxy) -> None:
+        self.old = old
+        self.new = new
+        self.link = link
+        self.database = database
+        self.taking = asyncio.Event()
+        self.asked = asyncio.Event()
+
+    def hold_take_over(self, data: bytes) -> bool:
+        """The old replica has let go and hears nothing from now on; the row stays where it is until the database flows."""
+        if b"taken AS" in data:
+            self.database.silent = self.link.silent = True
+            self.taking.set()
+        return False
+
+    async def begin(self) -> tuple[Agent, Agent]:
+        """Alice's old connection, and her new one, of which only the success is missing."""
+        first, _ = await self.old.join("alice")
+        self.draining = asyncio.create_task(self.old.app.drain())
+        assert (await first.hear())["payload"]["type"] == "terminated"
+
+        async def on_ask(message: Any) -> None:
+            self.asked.set()
+
+        await self.old.nats.subscribe(f"presence.replica.{self.old.app.replica_id}.delivered", cb=on_ask)
+        await self.old.nats.flush()
+        self.database.loses_answer_to = self.hold_take_over
+        second = await self.new.dial()
+        await second.say(self.new.request("alice"))
+        await within(self.taking.wait())
+        return first, second
+
+    async def publish(self, number: int) -> None:
+        await self.old.publish("chat", number, Nats_Msg_Id=f"event {number}")
+
+    async def end(self) -> None:
+        self.link.silent = self.database.silent = False
+        assert await within(self.draining, 10)
+
+
+@pytest.fixture
+async def move(tmp_path: Path, nats_url: str, database_url: str) -> AsyncIterator[Move]:
+    nats_port, database_port = urlsplit(nats_url).port, urlsplit(database_url).port
+    assert nats_port
+    assert database_port
+    async with (
+        Proxy(nats_port) as link,
+        Proxy(database_port) as database,
+        running_gateway(tmp_path, f"nats://127.0.0.1:{link.port}", database_url, **OPTIONS) as old,
+    ):
+        through = database_url.replace(f":{database_port}/", f":{database.port}/")
+        async with running_gateway(tmp_path, nats_url, through, signer=old.signer, **OPTIONS) as new:
+            new.classroom_id = old.classroom_id
+            await eventually(lambda: old.app.lease.has_others)
+            await old.nats.close()
+            old.nats = new.nats  # a publisher whose messages are not held up
+            yield Move(old, new, link, database)
+
+
+async def left(agent: Agent) -> list[Any]:
+    """Close it in good order; what still came."""
+    closing = asyncio.create_task(agent.socket.close())
+    messages = []
+    try:
+        while True:
+            messages.append(await agent.hear())
+    except ConnectionClosed:
+        await closing
+        return messages
+
+
+def numbers(messages: list[Any]) -> list[int]:
+    events = [message for message in messages if message["type"] == "event"]
+    return [event["payload"] for event in events if event["subject"].endswith("chat")]
+
+
+async def test_what_the_old_replica_has_not_heard_yet_when_the_new_one_is_ready(move: Move) -> None:
+    first, second = await move.begin()
+    await move.publish(1)  # before the new replica subscribes
+    move.database.silent = False
+    hearing = asyncio.create_task(second.hear())
+    await eventually(lambda: hearing.done() or move.asked.is_set())
+    move.link.silent = False
+    assert (await hearing)["type"] == "connect_success"
+    assert numbers(await left(first)) == [1]
+    await move.end()
+
+
+async def test_what_comes_to_the_new_replica_before_its_success(move: Move) -> None:
+    first, second = await move.begin()
+    move.database.silent = False
+    hearing = asyncio.create_task(second.hear())
+    await eventually(lambda: hearing.done() or move.asked.is_set())
+    await move.publish(1)  # the new replica has subscribed
+    move.link.silent = False
+    assert (await hearing)["type"] == "connect_success"
+    await move.publish(2)
+    on_first = numbers(await left(first))
+    on_second = [await second.hear(), await second.hear()]
+    assert numbers(on_second) == [1, 2]
+    assert on_first in ([1], [1, 2])
+    await move.end()
+
+
+async def test_an_old_replica_that_cannot_say_so_delays_nobody_and_the_agent_learns_of_it(move: Move) -> None:
+    first, second = await move.begin()
+    await move.publish(1)
+    move.database.silent = False
+    assert (await second.hear())["type"] == "connect_success"
+    assert await second.hear() == {"type": "gap", "payload": {"missed": None}}
+    await move.publish(2)
+    assert numbers([await second.hear()]) == [2]
+    sample = move.new.app.metrics.registry.get_sample_value
+    assert sample("presence_hand_overs_total", {"outcome": "unproven"}) == 1
+    move.link.silent = False
+    assert numbers([await first.hear(), await first.hear()]) == [1, 2]
+    await left(first)
+    await move.end()
+
+
+async def test_what_is_held_for_a_newcomer_is_bounded(move: Move) -> None:
+    _, second = await move.begin()
+    move.database.silent = False
+    await within(move.asked.wait())
+    subject = f"classrooms.{move.new.classroom_id}.chat"
+    large = b'"%s"' % (b"x" * (MAX_HELD_BYTES // 2))
+    for payload in (b"1", large, large, b"2"):
+        move.new.app.fanout.on_message(subject, payload, None)
+    move.link.silent = False
+    assert (await second.hear())["type"] == "connect_success"
+    assert numbers([await second.hear(), await second.hear()]) == [1, json.loads(large)]
+    assert await second.hear() == {"type": "gap", "payload": {"missed": 2}}
+    await move.end()
+
+
+async def test_a_session_that_fails_on_its_way_is_not_held_for(move: Move) -> None:
+    first, second = await move.begin()
+    move.database.silent = False
+    await within(move.asked.wait())
+    second.socket.transport.abort()
+    await eventually(lambda: not move.new.app.fanout._classrooms, 2)
+    await move.publish(1)
+    move.link.silent = False
+    third, _ = await move.new.join("alice")
+    assert numbers(await left(first)) == [1]
+    await move.publish(2)
+    assert numbers([await third.hear()]) == [2]
+    await move.end()
+
+
+async def test_what_has_come_is_served_when_it_is_in_the_sockets(move: Move) -> None:
+    agent, _ = await move.old.join("alice")
+    fanout = move.old.app.fanout
+    for number in range(500):
+        fanout.on_message(f"classrooms.{move.old.classroom_id}.chat", b"%d" % number, None)
+    await fanout.served([UUID(move.old.classroom_id)])
+    sends = move.old.app.hub.stats()["counters"]["sends"]
+    assert [(await agent.hear())["payload"] for _ in range(500)] == list(range(500))
+    assert move.old.app.hub.stats()["counters"]["sends"] == sends
+
+
+class Mover:
+    """A good client: it moves when it is told to, and hangs up on the success."""
+
+    def __init__(self, name: str, old: Running, new: Running) -> None:
+        self.name = name
+        self.heard: set[int] = set()
+        self._old = old
+        self._new = new
+
+    async def come(self) -> None:
+        self._first, _ = await self._old.join(self.name)
+
+    async def move(self, end: int) -> None:
+        """Return when it is in on the other side and has heard the event with this number."""
+        advice = await self._until_terminated()
+        listening = asyncio.create_task(self._listen(self._first))
+        await asyncio.sleep(advice["reconnect_after_ms"] / 1000)
+        second, _ = await self._new.join(self.name)
+        hanging_up = asyncio.create_task(self._first.socket.close())
+        while end not in self.heard:
+            self.heard.update(numbers([await second.hear()]))
+        await hanging_up
+        await listening
+
+    async def _until_terminated(self) -> Any:
+        while (message := await self._first.hear())["type"] == "event":
+            self.heard.update(numbers([message]))
+        return message["payload"]
+
+    async def _listen(self, agent: Agent) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                self.heard.update(numbers([await agent.hear()]))
+
+
+async def test_many_move_while_events_come_as_fast_as_they_can(move: Move) -> None:
+    movers = [Mover(f"agent{number}", move.old, move.new) for number in range(40)]
+    await asyncio.gather(*(mover.come() for mover in movers))
+    count, last, is_over = 0, 1_000_000, False
+
+    async def flood() -> None:
+        nonlocal count
+        while not is_over:
+            await move.publish(count)
+            count += 1
+
+    flooding = asyncio.create_task(flood())
+    await eventually(lambda: count > 20)
+    began = count
+    moving = [asyncio.create_task(mover.move(last)) for mover in movers]
+    draining = asyncio.create_task(move.old.app.drain())
+    assert await within(draining, 15)
+    is_over = True
+    await within(flooding)
+    await move.publish(last)
+    await within(asyncio.gather(*moving), 15)
+    assert [mover.name for mover in movers if not mover.heard.issuperset(range(began, count))] == []
