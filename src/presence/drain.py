@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
 from presence import reasons
+from presence.errors import Unavailable
 from presence.log import get
 from presence_core.hub import Hub
 
@@ -29,6 +30,7 @@ log = get("drain")
 AGENTS_PER_TURN: Final = 200  # told or closed before the loop has its turn again: about a millisecond
 POLL_S: Final = 0.02
 CLOSE_HANDSHAKE_S: Final = 0.2  # for the last agents to answer the close frame
+SERVE_TIMEOUT_S: Final = 0.1  # for the last events to those who stay to the end
 # For rows and leaves when the database or NATS is slow: past it they are given up, loudly.
 WRITE_TIMEOUT_S: Final = 20.0
 
@@ -65,13 +67,25 @@ class Drain:
         await self._each(self._hub.members(), self._lives.tell_terminated)
         log.info("drain_started", agents=len(self._hub), told_s=round(time.monotonic() - started, 3))
         await self._until_empty(started + self._timeout_s)
-        remaining = len(self._hub)
+        remaining, waited = len(self._hub), time.monotonic()
         self._lives.parks = False
         self._sessions.close_parked()
+        await self._serve()
         await self._each(self._hub.members(), lambda agent: self._lives.end(agent, reasons.TERMINATED))
+        closed = time.monotonic()
         written = await self._write()
-        await self._until_empty(time.monotonic() + CLOSE_HANDSHAKE_S)
-        log.info("drain_finished", closed=remaining, written=written, took_s=round(time.monotonic() - started, 3))
+        answering = time.monotonic()
+        await self._until_empty(answering + CLOSE_HANDSHAKE_S)
+        finished = time.monotonic()
+        log.info(
+            "drain_finished",
+            closed=remaining,
+            written=written,
+            took_s=round(finished - started, 3),
+            closing_s=round(closed - waited, 3),
+            writing_s=round(answering - closed, 3),
+            answers_s=round(finished - answering, 3),
+        )
         return written
 
     async def _each(self, agents: Iterable[Agent], step: Callable[[Agent], None]) -> None:
@@ -84,6 +98,18 @@ class Drain:
         # Asked again and again for ten seconds, once in a life; an event would cost something at every close before.
         while (len(self._hub) or self._sessions.parked) and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(POLL_S)
+
+    async def _serve(self) -> None:
+        """Who hears its events here until now gets those that are on their way."""
+        members: list[Agent] = self._hub.members()
+        staying = [(agent.classroom_id, agent.agent_id) for agent in members if agent.classroom_id is not None]
+        if not staying:
+            return
+        try:
+            async with asyncio.timeout(SERVE_TIMEOUT_S):
+                await self._sessions.deliver(staying)
+        except (Unavailable, TimeoutError) as error:
+            log.warning("last_events_not_sent", error=repr(error))
 
     async def _write(self) -> bool:
         """Rows to history and leaves to NATS."""

@@ -53,7 +53,7 @@ class Released(NamedTuple):
 
 Release = Callable[[UUID, str, int], Awaitable[Released]]
 Remove = Callable[[UUID, str, int], bool]
-Deliver = Callable[[Sequence[Key]], Awaitable[None]]
+Deliver = Callable[[Sequence[Key]], Awaitable[Sequence[bool]]]
 YES: Final = b"yes"
 NO: Final = b"no"
 
@@ -88,6 +88,8 @@ class Owners:
     async def delivered(self, owner: UUID, classroom_id: UUID, agent_id: str) -> bool:
         """Whether a draining owner has sent this agent all that NATS had sent to it by the time of this call.
 
+        Not so when its socket there has gone meanwhile.
+
         It has OWNER_TIMEOUT_S to say so. Those who ask in one turn of the loop, as many as one proof of the bus has woken,
         are one request.
         """
@@ -106,13 +108,13 @@ class Owners:
 
     async def _prove_delivered(self, owner: UUID, moving: list[tuple[Key, asyncio.Future[bool]]]) -> None:
         payload = orjson.dumps([[str(classroom_id), agent_id] for (classroom_id, agent_id), _ in moving])
-        has_all = False
+        proofs: Sequence[bool] = [False] * len(moving)
         try:
-            has_all = await self._bus.request(subject_of(owner, "delivered"), payload, OWNER_TIMEOUT_S) == YES
+            proofs = orjson.loads(await self._bus.request(subject_of(owner, "delivered"), payload, OWNER_TIMEOUT_S))
         except Unavailable:
             log.warning("hand_over_unproven", limited=True, agents=len(moving), replica_id=str(owner))
         finally:
-            for _, answer in moving:
+            for (_, answer), has_all in zip(moving, proofs, strict=True):
                 if not answer.done():
                     answer.set_result(has_all)
 
@@ -138,12 +140,12 @@ class Owners:
             return YES if remove(UUID(room), agent_id, number) else NO
 
         async def on_delivered(payload: bytes) -> bytes:
+            moving = [(UUID(room), agent_id) for room, agent_id in orjson.loads(payload)]
             try:
                 async with asyncio.timeout(OWNER_TIMEOUT_S):
-                    await deliver([(UUID(room), agent_id) for room, agent_id in orjson.loads(payload)])
+                    return orjson.dumps(await deliver(moving))
             except (TimeoutError, Unavailable):
-                return NO
-            return YES
+                return orjson.dumps([False] * len(moving))
 
         for subject in self._subjects:
             self._bus.stop_serving(subject)

@@ -251,11 +251,16 @@ class Sessions:
         finally:
             self._turns.give(key)
 
-    async def deliver(self, moving: Sequence[Key]) -> None:
-        """Return when these agents have been sent all that NATS had sent here before this call; raises Unavailable."""
+    async def deliver(self, moving: Sequence[Key]) -> list[bool]:
+        """Return when these agents have been sent all that NATS had sent here before this call; raises Unavailable.
+
+        The answer: whose socket was there all the time. What waited for the others has gone with theirs.
+        """
         # The request has come behind it all, if it is the same connection; of one that was lost, the proof brings the gap.
         await self._bus.confirm()
         await self._fanout.served(classroom_id for classroom_id, _ in moving)
+        agents = [self._fanout.agent_in(*key) for key in moving]
+        return [agent is not None and agent.is_open for agent in agents]
 
     def _close_let_go(self, key: Key, session_id: int, ended_at: datetime) -> None:
         """A row that was taken is no longer ours: nothing happens to it. One that was not has nobody."""

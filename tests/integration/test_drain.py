@@ -6,11 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import nats
 import pytest
 from running import Overheard, Running, running_gateway
 from websockets.exceptions import InvalidStatus
 
+from proxy import Proxy
 from servers import PostgresDatabase
 from waiting import SCALE, eventually, within
 
@@ -45,6 +48,34 @@ async def test_everyone_is_told_at_once_and_closed_at_the_end(gateway: Running) 
     assert {row["reason"] for row in await gateway.history()} == {"terminated"}
     leaves = [agent_id for kind, agent_id in overheard.events() if kind == "agent.leave"]
     assert sorted(leaves) == sorted(f"web.agent{number}.presence" for number in range(20))
+
+
+async def test_who_stays_to_the_end_gets_what_is_on_its_way(tmp_path: Path, nats_url: str, database_url: str) -> None:
+    port = urlsplit(nats_url).port
+    assert port
+    async with (
+        Proxy(port) as link,
+        running_gateway(
+            tmp_path, f"nats://127.0.0.1:{link.port}", database_url, drain_timeout_s=0.5, lease_ttl_s=60
+        ) as gateway,
+    ):
+        await gateway.nats.close()
+        gateway.nats = await nats.connect(nats_url)
+        agent, _ = await gateway.join()
+        closing = gateway.app.sessions.close_parked
+        link.silent = True
+        await gateway.publish("chat", "last")
+
+        def flow() -> None:
+            link.silent = False
+            closing()
+
+        gateway.app.sessions.close_parked = flow  # type: ignore[method-assign] - the last moment of the drain
+        draining = asyncio.create_task(gateway.app.drain())
+        assert (await agent.hear())["payload"]["type"] == "terminated"
+        assert (await agent.hear())["payload"] == "last"
+        assert await agent.ended() == 1012
+        assert await within(draining)
 
 
 async def test_the_spread_of_the_returns(tmp_path: Path, nats_url: str, database_url: str) -> None:

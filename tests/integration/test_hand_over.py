@@ -148,6 +148,18 @@ async def test_an_old_replica_that_cannot_say_so_delays_nobody_and_the_agent_lea
     await move.end()
 
 
+async def test_an_old_socket_that_went_first_vouches_for_nothing(move: Move) -> None:
+    first, second = await move.begin()
+    move.database.silent = False
+    await within(move.asked.wait())
+    first.socket.transport.abort()
+    await eventually(lambda: not any(agent.is_open for agent in move.old.app.fanout.agents()))
+    move.link.silent = False
+    assert (await second.hear())["type"] == "connect_success"
+    assert await second.hear() == {"type": "gap", "payload": {"missed": None}}
+    await move.end()
+
+
 async def test_what_is_held_for_a_newcomer_is_bounded(move: Move) -> None:
     _, second = await move.begin()
     move.database.silent = False
