@@ -9,6 +9,7 @@ from html import escape
 
 WIDTH, HEIGHT = 760, 240
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 14, 34
+BAR_LEFT = 190  # of bars with a name before them
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a")
 
 
@@ -87,8 +88,24 @@ def histogram_chart(
     return _svg(parts) + _legend(list(series))
 
 
-def _svg(parts: Sequence[str]) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
+def bar_chart(bars: Mapping[str, int], *, unit: str) -> str:
+    """A bar for each name, the longest first, with its number behind it."""
+    if not bars:
+        return "<p>None.</p>"
+    most, row = max(bars.values()), 22
+    parts = []
+    for number, (name, count) in enumerate(sorted(bars.items(), key=lambda bar: -bar[1])):
+        top, length = number * row + 4, max(1.0, count / most * (WIDTH - BAR_LEFT - 110))
+        parts.append(f'<text x="{BAR_LEFT - 6}" y="{top + 12}" text-anchor="end">{escape(name)}</text>')
+        parts.append(
+            f'<rect x="{BAR_LEFT}" y="{top}" width="{length:.1f}" height="{row - 6}" fill="{COLOURS[0]}" fill-opacity="0.6"/>'
+        )
+        parts.append(f'<text x="{BAR_LEFT + length + 6:.1f}" y="{top + 12}">{count:,} {escape(unit)}</text>')
+    return _svg(parts, len(bars) * row + 8)
+
+
+def _svg(parts: Sequence[str], height: int = HEIGHT) -> str:
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}</svg>'
 
 
 def _grid(x: Axis, y: Axis, x_unit: str, y_unit: str) -> str:

@@ -95,7 +95,6 @@ class Figures:
         for code, error, count in report["closes"]:
             self.closes[code, error] += count
         self.terminated_last_ns = max(self.terminated_last_ns, report["terminated_last_ns"])
-        self.took_s += report["took_s"]
         self.connected_last_ns = max(self.connected_last_ns, report["connected_last_ns"])
 
     def all_groups(self, name: str) -> Histogram:
@@ -179,6 +178,7 @@ class Record:
         self.total.add(report)
         for name in self.open:
             self.windows[name].add(report)
+            self.windows[name].took_s += report["took_s"]
         self.gauges[shard] = report["gauges"]
         second = self.seconds.setdefault(int(self.at_s(report["at_ns"])), Second())
         second.connected[shard] = report["gauges"]["connected"]

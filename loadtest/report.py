@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from loadtest.charts import histogram_chart, line_chart
+from loadtest.charts import bar_chart, histogram_chart, line_chart
 from loadtest.verdicts import DELIVERY_P99_MS, PING_MOST_MS, PING_P999_MS
 
 STYLE = """
@@ -48,7 +48,7 @@ def page(result: Mapping[str, Any]) -> str:
         *_delivery(result),
         *_cost_charts(result),
         "<h2>What was closed, and why</h2>",
-        _table(["code and reason", "connections"], result["total"]["closes"].items()),
+        bar_chart(result["total"]["closes"], unit="connections"),
         "<h2>Other durations</h2>",
         _durations({name: result["total"][name] for name in OTHER_NAMES if name in result["total"]}, OTHER_NAMES),
         "<h2>Counted</h2>",
@@ -135,6 +135,7 @@ def _connect_charts(result: Mapping[str, Any]) -> list[str]:
     return [
         "<h2>Connections</h2>",
         line_chart({"": _over_time(result, "connected")}, unit="agents connected", marks=marks),
+        line_chart({"": _over_time(result, "connects")}, unit="connects/s", marks=marks),
         "<h2>Connects: TCP connect to connect_success</h2>",
         line_chart(percentiles, unit="ms", marks=marks, is_log=True),
         _durations(result["total"]["connect"]),
@@ -173,8 +174,12 @@ def _delivery(result: Mapping[str, Any]) -> list[str]:
 def _cost_charts(result: Mapping[str, Any]) -> list[str]:
     memory = {name: [(at, rss / 1e6) for at, rss, _ in line] for name, line in result["replicas"].items()}
     share = {name: [(at, share * 100) for at, _, share in line] for name, line in result["replicas"].items()}
+    memory_each = [(at, rss) for at, rss, _ in result["per_agent"]]
+    cpu_each = [(at, cpu_us) for at, _, cpu_us in result["per_agent"]]
     return [
         "<h2>Memory and CPU of the replicas</h2>",
+        line_chart({"": memory_each}, unit="B resident for each agent", marks=result["marks"]),
+        line_chart({"": cpu_each}, unit="µs of CPU for each agent and second", marks=result["marks"]),
         line_chart(memory, unit="MB resident", marks=result["marks"]),
         line_chart(share, unit="% of a core", marks=result["marks"]),
     ]

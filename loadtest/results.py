@@ -11,10 +11,10 @@ import re
 import statistics
 import subprocess
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from loadtest.costs import agent_line, cost_of, replica_lines
 from loadtest.lines import ROOT
 from loadtest.running import Run
 from loadtest.verdicts import Judge
@@ -41,6 +41,7 @@ def result_of(scenario: str, command: str, began: float, run: Run, judge: Judge,
         "seconds": [second.as_json(at_s, run.titles) for at_s, second in sorted(record.seconds.items())],
         "marks": [[round(at_s, 2), text] for at_s, text in record.marks],
         "replicas": replica_lines(record.samples, record.start_ns),
+        "per_agent": agent_line(record.samples, record.start_ns),
         "swarm": {
             name: {
                 "lag_p99_ms": own.lag.percentile_ms(0.99),
@@ -57,47 +58,6 @@ def result_of(scenario: str, command: str, began: float, run: Run, judge: Judge,
 def losses_of(run: Run) -> dict[str, str]:
     lost = f"{run.losses.dropped:,} dropped, {run.losses.sent_again:,} sent again"
     return {"packets that the kernel lost, whoever sent them": lost}
-
-
-def replica_lines(samples: list[dict[str, Any]], start_ns: int) -> dict[str, list[list[float]]]:
-    """By replica: [seconds, resident bytes, share of a core] every second."""
-    lines: dict[str, list[list[float]]] = {}
-    before: dict[int, tuple[int, float]] = {}
-    for sample in samples:
-        for number, own in enumerate(sample["replicas"]):
-            if own is None:
-                continue
-            at_ns, cpu_s = before.get(number, (sample["at_ns"], own["cpu_s"]))
-            took_s = (sample["at_ns"] - at_ns) / 1e9
-            share = (own["cpu_s"] - cpu_s) / took_s if took_s else 0.0
-            line = lines.setdefault(f"replica {number}", [])
-            line.append([round((sample["at_ns"] - start_ns) / 1e9, 2), own["rss"], round(share, 4)])
-            before[number] = (sample["at_ns"], own["cpu_s"])
-    return lines
-
-
-def cost_of(samples: list[dict[str, Any]]) -> dict[str, str]:
-    """What an agent costs the replicas: memory at the peak of agents, CPU over the whole run."""
-    full = [sample for sample in samples if all(sample["replicas"])]
-    if not full:
-        return {}
-    peak = max(full, key=lambda sample: sample["connected"])
-    empty = full[0]
-    if peak["connected"] == 0:
-        return {}
-
-    def total(sample: dict[str, Any], name: str) -> float:
-        return float(sum(own[name] for own in sample["replicas"][: len(empty["replicas"])]))
-
-    rss = (total(peak, "rss") - total(empty, "rss")) / peak["connected"]
-    agent_minutes = 0.0
-    for before, after in pairwise(full):
-        agent_minutes += after["connected"] * (after["at_ns"] - before["at_ns"]) / 60e9
-    cpu_us = (total(full[-1], "cpu_s") - total(empty, "cpu_s")) / max(agent_minutes, 1e-9) * 1e6
-    return {
-        "RSS of the replicas for each agent, warm-up and connects included": f"{rss:,.0f} B",
-        "CPU of the replicas for each agent and minute, connects included": f"{cpu_us:,.0f} µs",
-    }
 
 
 def _machine() -> dict[str, Any]:

@@ -71,6 +71,15 @@ def pin() -> list[int]:
     return cores[:half]
 
 
+def keep_logs(run: Run, page: Path) -> Path:
+    """What the replicas said, beside the report of a run that missed a bound."""
+    folder = page.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    for name, text in run.logs.items():
+        (folder / name).write_text(text)
+    return folder
+
+
 def stay(run: Run) -> None:
     """The scenario is over; locust's page stays until Ctrl-C."""
     run.say("over: Ctrl-C writes the report and ends it")
@@ -108,6 +117,7 @@ def main() -> int:
         print(f"does not count: {doubt}")
     print(page)
     if not judge.passed:
+        print(f"the replicas' logs: {keep_logs(run, page)}")
         return MISSED
     return NOT_COUNTED if doubts else PASSED
 

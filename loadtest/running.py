@@ -88,6 +88,7 @@ class Run:
         self._web_port = web_port
         self._losses_before = Losses.now()
         self.losses = Losses()  # over the run, once it is closed
+        self.logs: dict[str, str] = {}  # of the replicas, by file name, once it is closed
         self._greenlets: list[gevent.Greenlet] = []
         self.folder = Path(tempfile.mkdtemp(prefix="presence-load-"))
 
@@ -135,6 +136,7 @@ class Run:
             self.runner.quit()
         for child in reversed(self.children):
             child.end()
+        self.logs = {path.name: path.read_text() for path in sorted(self.folder.glob("replica-*.log"))}
         shutil.rmtree(self.folder, ignore_errors=True)
 
     # --- the shards' reports, from locust's users

@@ -23,12 +23,18 @@ def judge_end(
     judge.at_most_ms(f"{who}: SIGTERM to all closed, all rows written, exit", ended_ms, limit_ms)
     judge.equal(f"{who}: exit status", end["status"], 0)
     judge.equal(f"{who}: sessions of it left in the database", left, 0)
+    run.facts[f"{who}: the drain by its own log"] = course_of(run, replica, ended_ms / 1e3)
+
+
+def course_of(run: Run, replica: int, ended_s: float) -> str:
+    """Where the time went between SIGTERM and the end of the process."""
     started, finished = (
         run.stand.ask("logged", replica=replica, event=f"drain_{step}") for step in ("started", "finished")
     )
-    if started and finished:
-        told, took = started["told_s"], finished["took_s"]
-        rest = ended_ms / 1e3 - took
-        run.facts[f"{who}: the drain by its own log"] = (
-            f"told {told:.2f} s, over {took:.2f} s, exit {rest:.2f} s after that"
-        )
+    if not (started and finished):
+        return "no word of it"
+    return (
+        f"told {started['told_s']:.2f} s, {finished['closed']:,} closed at the end in {finished['closing_s']:.2f} s, "
+        f"rows and leaves {finished['writing_s']:.2f} s, answers to close frames {finished['answers_s']:.2f} s, "
+        f"over after {finished['took_s']:.2f} s, process gone {ended_s - finished['took_s']:.2f} s later"
+    )

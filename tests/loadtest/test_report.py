@@ -8,8 +8,9 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from loadtest.charts import histogram_chart, line_chart
+from loadtest.charts import bar_chart, histogram_chart, line_chart
 from loadtest.compare import compare
+from loadtest.costs import agent_line
 from loadtest.figures import FLOORS_NS, Histogram, Record, ShardFigures
 from loadtest.network import Losses
 from loadtest.report import page
@@ -69,11 +70,14 @@ def test_verdicts() -> None:
     judge.at_most_ms("in time", 10.0, 10.0)
     judge.equal("all", 3, 3)
     judge.between_ms("deadline", histogram(5000.2, 5099.0), 5000)
+    judge.at_least("rate", 1500.0, 1500.0, "/s")
     assert judge.passed
     for miss in (
         lambda own: own.at_most_ms("late", 10.1, 10.0),
         lambda own: own.at_most_ms("not measured", None, 10.0),
         lambda own: own.equal("one lost", 2, 3),
+        lambda own: own.at_least("slow", 1499.0, 1500.0, "/s"),
+        lambda own: own.at_least("no rate", None, 1500.0, "/s"),
         lambda own: own.between_ms("early", histogram(4990.0), 5000),
         lambda own: own.between_ms("late", histogram(5000.0, 5101.0), 5000),
         lambda own: own.between_ms("nobody", Histogram(), 5000),
@@ -84,6 +88,7 @@ def test_verdicts() -> None:
         assert not strict.passed
     wide = Judge(scale=2)
     wide.at_most_ms("late, on a busy machine", 19.0, 10.0)
+    wide.at_least("slow, on a busy machine", 751.0, 1500.0, "/s")
     assert wide.passed
 
 
@@ -126,6 +131,7 @@ def result(*, passed: bool = True) -> dict[str, Any]:
         "windows": {name: figures.as_json(titles) for name, figures in record.windows.items()},
         "seconds": [second.as_json(at, titles) for at, second in record.seconds.items()],
         "marks": [[0.5, "begins & ends"]],
+        "per_agent": [[0.0, 1_000, 5.0], [1.0, 900, 4.0]],
         "replicas": {"replica 0": [[0.0, 1_000_000, 0.1], [1.0, 2_000_000, 0.2]]},
         "swarm": {
             "shard 0": dict.fromkeys(("lag_p99_ms", "lag_most_ms", "stall_most_ms", "busiest_share", "share"), 0.1)
@@ -138,7 +144,7 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere() -> None:
     assert not re.search(r"""(src|href)\s*=|url\(|<script|@import""", text)
     for part in ("agents &lt;all&gt;", "flood &lt;1&gt;", "4001 pong_timed_out", "begins &amp; ends", "rooms of 30"):
         assert part in text
-    assert text.count("<svg") == text.count("</svg>") >= 5
+    assert text.count("<svg") == text.count("</svg>") == 11
     assert "does not count" not in text
     assert "does not count" in page(result(passed=False))
 
@@ -151,7 +157,24 @@ def test_two_runs_compared() -> None:
     assert compare(result(), result())[1] == []
 
 
+def test_the_cost_of_an_agent_over_time() -> None:
+    def sample(at_s: int, connected: int, *replicas: tuple[int, float] | None) -> dict[str, Any]:
+        own = [None if r is None else {"rss": r[0], "cpu_s": r[1]} for r in replicas]
+        return {"at_ns": at_s * 10**9, "connected": connected, "replicas": own}
+
+    samples = [
+        sample(1, 0, (1000, 1.0)),
+        sample(2, 0, (1000, 1.0)),
+        sample(3, 5, (9000, 2.0)),  # fewer than a tenth
+        sample(4, 100, (51_000, 2.5)),
+        sample(6, 100, (51_000, 2.7), (2000, 7.0)),  # a new one: empty, and without a CPU time before
+        sample(7, 50, None, (12_000, 7.5)),
+    ]
+    assert agent_line(samples, 10**9) == [[3.0, 500, 5000.0], [5.0, 500, 1000.0], [6.0, 200, 10000.0]]
+
+
 def test_charts_of_nothing() -> None:
     assert "Nothing" in line_chart({"": []}, unit="ms")
+    assert "None" in bar_chart({}, unit="connections")
     assert "Nothing" in histogram_chart({}, unit="ms", bounds={"x": 50.0})
     assert "NaN" not in line_chart({"": [(0.0, 0.0)]}, unit="ms", is_log=True, bounds={"x": 25.0})

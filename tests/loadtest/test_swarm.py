@@ -180,6 +180,29 @@ async def test_agents_move_when_their_replica_ends(tmp_path: Path, nats_url: str
             }
 
 
+async def test_agents_connect_again_elsewhere_a_few_at_once(tmp_path: Path, nats_url: str, database_url: str) -> None:
+    async with gateway(tmp_path, nats_url, database_url) as old:
+        crowd = Crowd(old)
+        crowd.add(12)
+        await crowd.all_connected()
+        async with gateway(tmp_path, nats_url, database_url, signer=old.signer) as new:
+            crowd.swarm.set_targets([new.app.gateway.port])
+            crowd.swarm.move(3, first=2)
+            under_way = []
+
+            def are_over(gauges: dict[str, int]) -> bool:
+                under_way.append(gauges["dialling"] + gauges["upgrading"] + gauges["waiting"])
+                return crowd.figures.counters["connects"] == 22 and gauges["links"] == 12
+
+            await crowd.run_until(are_over)
+            assert max(under_way) <= 3
+            assert crowd.figures.closes == {(4505, "replaced"): 10}
+            assert crowd.figures.connected_last_ns > 0
+            owners = [row["replica_id"] for row in await new.rows()]
+            assert owners.count(new.app.replica_id) == 10
+            assert owners.count(old.app.replica_id) == 2
+
+
 async def test_a_replica_that_refuses_is_tried_again(running: Running) -> None:
     crowd = Crowd(running)
     crowd.swarm.set_targets([1])  # nothing listens there
@@ -213,6 +236,8 @@ def test_bounds_of_what_may_be_asked() -> None:
         own.add(b"{}", 0, 0, 9)
     with pytest.raises(ValueError, match="group"):
         own.add(b"{}", 0, 4)
+    with pytest.raises(ValueError, match="window"):
+        own.move(0)
     own.add(str(uuid.uuid4()).encode())
     with pytest.raises(ValueError, match="full"):
         own.add(b"{}")

@@ -32,10 +32,12 @@ class Scripted:
         self.said = bytearray()
         self.figures = Figures()
         self.swarm = swarm.Swarm(1)
+        self.connections = 0
         self._writers: list[asyncio.StreamWriter] = []
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.append(writer)
+        self.connections += 1
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             self.request = await reader.readuntil(b"\r\n\r\n")
             await self.script(reader, writer)
@@ -52,11 +54,11 @@ class Scripted:
 
 
 @contextlib.asynccontextmanager
-async def scripted(script: Script) -> AsyncIterator[Scripted]:
+async def scripted(script: Script, behaviour: int = swarm.GOOD) -> AsyncIterator[Scripted]:
     own = Scripted(script)
     server = await asyncio.start_server(own.serve, "127.0.0.1", 0)
     own.swarm.set_targets([server.sockets[0].getsockname()[1]])
-    own.swarm.add(REQUEST)
+    own.swarm.add(REQUEST, behaviour=behaviour)
     try:
         yield own
     finally:
@@ -72,8 +74,8 @@ async def slowly(writer: asyncio.StreamWriter, data: bytes, size: int) -> None:
         await asyncio.sleep(0.001)
 
 
-def event(number: int, text: str = "") -> bytes:
-    payload = f'{{"at":{swarm.now_ns()},"n":{number},"text":"{text}"}}'
+def event(number: int, text: str = "", was_ns: int = 0) -> bytes:
+    payload = f'{{"at":{swarm.now_ns()},"n":{number},"was":{was_ns},"text":"{text}"}}'
     return encode_frame(OPCODE_TEXT, f'{{"type":"event","id":"1","subject":"c.x.chat","payload":{payload}}}')
 
 
@@ -150,3 +152,70 @@ async def test_an_answer_in_pieces_and_one_that_is_no_upgrade() -> None:
         await own.run(lambda: own.swarm.gauges()["connected"])
         assert own.figures.counters["refusals"] == 1
         assert own.figures.counters["attempts"] == 2
+
+
+async def test_one_that_comes_once_stays_away() -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(UPGRADED + SUCCESS)
+        writer.close()
+
+    async with scripted(script, swarm.ONCE) as own:
+        await own.run(lambda: own.swarm.gauges()["done"])
+        assert own.figures.closes == {(1006, ""): 1}
+        assert own.figures.counters["attempts"] == own.connections == 1
+
+
+async def test_time_offline_beyond_the_own_delay() -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        error = b'{"type":"recoverable_session_error","payload":{"type":"terminated","reconnect":true,"reconnect_after_ms":120}}'
+        writer.write(UPGRADED + SUCCESS)
+        if own.connections == 1:
+            writer.write(encode_frame(OPCODE_TEXT, error) + encode_close(1012))
+
+    async with scripted(script) as own:
+        await own.run(lambda: own.figures.counters["connects"] == 2)
+        outage, overdue = own.figures.plain["outage"], own.figures.plain["overdue"]
+        assert outage.count == overdue.count == 1
+        assert outage.sum_ns >= 120e6
+        assert overdue.sum_ns == outage.sum_ns - 120e6
+
+
+@pytest.mark.parametrize(
+    ("published", "missing"), [("before the end", 2), ("in between", 0), ("after the return", 1), ("unknown", 0)]
+)
+async def test_numbers_missing_across_an_outage(published: str, missing: int) -> None:
+    """The agent has 1; then its connection ends, and on the next one 4 comes first. When was 3 published?"""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if own.connections == 1:
+            stamps["before the end"] = swarm.now_ns()
+            writer.write(UPGRADED + SUCCESS + event(1))
+            await writer.drain()
+            await asyncio.sleep(0.1)  # longer than events and the end may cross
+            writer.close()
+            return
+        stamps["in between"] = swarm.now_ns()
+        writer.write(UPGRADED + SUCCESS)
+        await writer.drain()
+        await asyncio.sleep(0.02)
+        stamps["after the return"] = swarm.now_ns()
+        writer.write(event(4, was_ns=stamps[published]))
+
+    stamps = {"unknown": 0}
+    async with scripted(script) as own:
+        await own.run(lambda: own.figures.counters["events"] == 2)
+        assert own.figures.counters["missing"] == missing
+        assert own.swarm.gauges()["pending"] == 0
+
+
+async def test_holes_of_a_stretch_that_is_over_are_missing() -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(UPGRADED + SUCCESS)
+        if own.connections == 1:
+            writer.write(event(1) + event(4))
+            await writer.drain()
+            writer.close()
+
+    async with scripted(script) as own:
+        await own.run(lambda: own.figures.counters["connects"] == 2)
+        assert own.figures.counters["missing"] == 2
