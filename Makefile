@@ -11,10 +11,10 @@ SECONDS ?= 600
 SCENARIO ?= lesson_start
 LOADTEST ?=
 
-.PHONY: help serve test lint debug-test asan chaos fuzz soak loadtest bench image clean
+.PHONY: help serve test lint debug-test asan chaos fuzz soak loadtest bench bench-compare bench-compare-fast scaling image clean
 
 help: ## What there is
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 serve: $(VENV)/.serve ## Install, build, start the embedded servers and the gateway; options in SERVE="--port 9000"
 	@$(BIN)/presence serve $(SERVE)
@@ -50,6 +50,15 @@ loadtest: $(VENV)/.dev ## A load test with its bounds and its report; which in S
 
 bench: $(VENV)/.bench ## All benchmarks, beside the peers; results in bench/results, the table in the README
 	@$(BIN)/python bench/run.py --update-readme
+
+bench-compare: $(VENV)/.bench ## All benchmarks again, and what became slower since the kept result in bench/results
+	@$(BIN)/python bench/compare.py
+
+bench-compare-fast: $(VENV)/.dev ## The same of the parts alone: about a minute
+	@$(BIN)/python bench/compare.py --fast
+
+scaling: $(VENV)/.dev ## What an agent costs, from 1,000 to 18,000 and on one to four replicas: docs/scaling.md
+	@$(BIN)/python bench/scaling.py
 
 image: ## The container image
 	docker build -t presence .

@@ -7,6 +7,7 @@ the server but the port. Source addresses rotate: one address has only 28,000 po
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import struct
@@ -79,12 +80,16 @@ class Member:
 class Crowd:
     """Many sockets to one server. Used as a context manager: all are closed at its end."""
 
-    def __init__(self, port: int, path: str = "/ws") -> None:
+    def __init__(self, port: int, path: str = "/ws", *, options: Sequence[tuple[int, int, int]] = ()) -> None:
+        """`options` of the sockets: level, name, value."""
+        self.options = options
         self.address = ("127.0.0.1", port)
         self.request = upgrade_request(port, path)
         self.members: dict[int, Member] = {}  # the connected ones, by descriptor
         self.read_bytes = 0  # and thrown away
+        self.pings = 0  # that were answered
         self.lost = 0  # connected ones that the server has closed
+        self._are_read = False
         self._connecting: dict[int, Member] = {}
         self._poll = select.epoll()  # of those that connect
         self._held = select.epoll()  # of those that are connected: read now and then, many messages in one recv
@@ -105,9 +110,19 @@ class Crowd:
     # --- connect
 
     def connect(
-        self, count: int, *, in_flight: int, first_messages: Sequence[bytes] | None = None, timeout_s: float = 120.0
+        self,
+        count: int,
+        *,
+        in_flight: int,
+        first_messages: Sequence[bytes] | None = None,
+        answer_pings: bool = False,
+        timeout_s: float = 120.0,
     ) -> Outcome:
-        """Open `count` sockets, `in_flight` at a time. With `first_messages` each is done at its connect_success."""
+        """Open `count` sockets, `in_flight` at a time. With `first_messages` each is done at its connect_success.
+
+        With those, or with `answer_pings`, the connected ones are read meanwhile.
+        """
+        self._are_read = answer_pings or first_messages is not None
         outcome = Outcome()
         numbers = iter(range(count))
         started, cpu_s = time.perf_counter(), time.process_time()
@@ -121,7 +136,7 @@ class Crowd:
                     self._finish(fd, failure, outcome)
                     self._open_next(numbers, first_messages)
             now = time.perf_counter()
-            if first_messages is not None and now - read_held_at > READ_HELD_EVERY_S:
+            if self._are_read and now - read_held_at > READ_HELD_EVERY_S:
                 read_held_at = now
                 self._read_held(0)
             if now - started > timeout_s:
@@ -136,6 +151,8 @@ class Crowd:
             return
         sock = socket.socket()
         sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+        for option in self.options:
+            sock.setsockopt(*option)
         sock.bind((SOURCES[number % len(SOURCES)], 0))
         first_message = None if first_messages is None else first_messages[number]
         member = Member(sock, first_message, time.perf_counter())
@@ -164,6 +181,7 @@ class Crowd:
             member.upgraded = True
             member.buffered = rest
             if member.first_message is None:
+                self._take_frames(member)  # a ping may have come right behind the head
                 return ""
             member.sock.send(text_frame(member.first_message))
         text = self._take_frames(member)
@@ -180,7 +198,7 @@ class Crowd:
         outcome.latencies_s.append(time.perf_counter() - member.begun)
         self.members[fd] = member
         self._poll.unregister(fd)
-        if member.first_message is not None:
+        if self._are_read:
             self._held.register(fd, select.EPOLLIN)
 
     # --- connected
@@ -206,8 +224,25 @@ class Crowd:
             time.sleep(DRAIN_EVERY_S)
         poll.close()
 
-    def drain(self, go: bytes, expected_bytes: int, *, slack_bytes: int = 0, timeout_s: float = 120.0) -> Outcome:
-        """Send `go` on the first socket, then read and throw away until this many bytes have come over all of them.
+    def throw_away(self) -> None:
+        """Read what has come by now, without waiting."""
+        for member in self.members.values():
+            with contextlib.suppress(BlockingIOError):
+                if not member.sock.recv(1 << 18):
+                    raise ConnectionError("the server has closed a socket")
+
+    def read_until(self, mark: bytes) -> None:
+        """Wait until the first socket has received these bytes."""
+        sock, heard = next(iter(self.members.values())).sock, b""
+        while mark not in heard:
+            select.select([sock], [], [])
+            data = sock.recv(1 << 16)
+            if not data:
+                raise ConnectionError("the server has closed a socket")
+            heard += data
+
+    def drain(self, frames: bytes, expected_bytes: int, *, slack_bytes: int = 0, timeout_s: float = 120.0) -> Outcome:
+        """Send `frames` on the first socket, then read and throw away until this many bytes have come over all of them.
 
         Up to `slack_bytes` more may come, of a server that does not always put as much around an event.
 
@@ -220,7 +255,7 @@ class Crowd:
             poll.register(fd, select.EPOLLIN)
         room, left = bytearray(1 << 18), expected_bytes
         started, cpu_s = time.perf_counter(), time.process_time()
-        next(iter(socks.values())).sendall(text_frame(go))
+        next(iter(socks.values())).sendall(frames)
         while left > 0:
             if time.perf_counter() - started > timeout_s:
                 raise TimeoutError(f"{left} of {expected_bytes} bytes have not come after {timeout_s} s")
@@ -271,6 +306,7 @@ class Crowd:
                 break
             opcode = data[at] & 0xF
             if opcode == OPCODE_PING:
+                self.pings += 1
                 member.sock.send(bytes([0x8A, 0x80 | size]) + MASK + data[start : start + size])
             elif opcode != OPCODE_CLOSE:
                 first = first or data[start : start + size]

@@ -20,16 +20,21 @@ Report = Callable[[Loop], None]
 readings: list[tuple[str, str, str, float]] = []
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rounds", type=int, default=ROUNDS, help=f"rounds of every benchmark ({ROUNDS})")
+
+
 @pytest.fixture
 def ns_each(benchmark: Any, request: pytest.FixtureRequest) -> Report:
-    """Runs a loop a few times; the figure is the median, the JSON has every round."""
+    """Runs a loop a few times; the figure is the median, the JSON has every round. With --benchmark-disable it runs once."""
 
     def report(loop: Loop) -> None:
         rounds: list[float] = []
-        benchmark.pedantic(lambda: rounds.append(loop()), rounds=ROUNDS, warmup_rounds=1)
-        benchmark.extra_info["ns_each"] = [round(ns, 1) for ns in rounds[1:]]  # the first one warms up
+        benchmark.pedantic(lambda: rounds.append(loop()), rounds=request.config.getoption("--rounds"), warmup_rounds=1)
+        counted = rounds[1:] or rounds  # the first one warms up
+        benchmark.extra_info["ns_each"] = [round(ns, 1) for ns in counted]
         parameters = request.node.callspec.params
-        readings.append((benchmark.group, parameters["who"], str(parameters["size"]), statistics.median(rounds[1:])))
+        readings.append((benchmark.group, parameters["who"], str(parameters["size"]), statistics.median(counted)))
 
     return report
 

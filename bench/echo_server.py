@@ -1,6 +1,6 @@
 """An echo server made of the hub alone: picows upgrades, the hub does all the rest. For measurements and conformance suites.
 
-python bench/echo_server.py --port 9001 [--max-message-bytes N] [--no-limits] [--heartbeat]
+python bench/echo_server.py --port 9001 [--max-message-bytes N] [--no-limits] [--heartbeat] [--ping-interval-s N]
 """
 
 import argparse
@@ -67,6 +67,8 @@ async def serve(arguments: argparse.Namespace) -> None:
         message_burst=rate * 5,
         pings_per_s=rate,
         ping_burst=rate * 5,
+        ping_interval_ms=arguments.ping_interval_s * 1000,
+        pong_timeout_ms=min(5_000.0, arguments.ping_interval_s * 900),
     )
     loop.add_reader(hub.fileno(), hub.on_readable)
 
@@ -107,7 +109,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=9001)
     parser.add_argument("--max-message-bytes", type=int, default=16 * 1024 * 1024)
     parser.add_argument("--no-limits", action="store_true", help="no bound on messages and pings a second")
-    parser.add_argument("--heartbeat", action="store_true", help="ping every 30 s")
+    parser.add_argument("--heartbeat", action="store_true", help="ping")
+    parser.add_argument("--ping-interval-s", type=float, default=30.0)
     logging.basicConfig(level=logging.WARNING)
     gc.freeze()
     uvloop.run(serve(parser.parse_args()))

@@ -1,6 +1,7 @@
 """One room: frames a second when every event is sent on its own, and events a second when they come in bursts of ten.
 
-nats-server joins events as it sees fit: it is measured with all of them at once, beside the others' bursts.
+nats-server joins events as it sees fit: it is measured with all of them at once, beside the others' bursts. nchan sends each on
+its own however they come: it is measured with all of them at once, one message each on one of its sockets.
 
 From the message that starts it to the last byte at the last member, all read by the same client. The bare C loop shows what
 the kernel alone takes on this machine, in this run.
@@ -10,18 +11,19 @@ from __future__ import annotations
 
 import tempfile
 
-from clients import Crowd, Outcome
+from clients import Crowd, Outcome, text_frame
 from figures import Figures
-from peers import BARE_C, FANOUT_SERVERS, NATS_SERVER, is_installed
+from peers import BARE_C, FANOUT_SERVERS, NATS_SERVER, NCHAN, is_installed
 from processes import Server, compiled
 
 IN_FLIGHT = 200
 PAYLOAD_BYTES = 190
+EVENT = b"x" * PAYLOAD_BYTES
 FRAME_BYTES = 4 + PAYLOAD_BYTES
 BURST = 10
 
 NATS_HELLO = b'CONNECT {"verbose":false}\r\nSUB room 1\r\n'
-NATS_PUB = b"PUB room %d\r\n%s\r\n" % (PAYLOAD_BYTES, b"x" * PAYLOAD_BYTES)
+NATS_PUB = b"PUB room %d\r\n%s\r\n" % (PAYLOAD_BYTES, EVENT)
 NATS_MSG_BYTES = len(b"MSG room 1 %d\r\n" % PAYLOAD_BYTES) + PAYLOAD_BYTES + 2
 NATS_QUIET_S = 0.3  # then all subscriptions are there, or all has come
 
@@ -45,11 +47,11 @@ def measure_fanout(figures: Figures, *, rounds: int, members: int, events: int) 
                     with Server(*command) as server, Crowd(server.port) as crowd:
                         _measure(figures, server, crowd, who, members, events)
                     rates = [
-                        f"{series[who].values[-1]:,.0f}"
+                        f"{name} {series[who].values[-1]:,.0f}/s"
                         for name in (FRAMES, BURSTS)
                         if who in (series := figures.of(name))
                     ]
-                    print(f"round {number + 1}: {who}: {' frames/s, in bursts '.join(rates)} events/s", flush=True)
+                    print(f"round {number + 1}: {who}: {'; '.join(rates)}", flush=True)
 
 
 def _measure(figures: Figures, server: Server, crowd: Crowd, who: str, members: int, events: int) -> None:
@@ -60,8 +62,11 @@ def _measure(figures: Figures, server: Server, crowd: Crowd, who: str, members: 
         _measure_nats(figures, server, crowd, events)
         return
     for figure, burst in ((FRAMES, 1), (BURSTS, BURST)):
+        if who == NCHAN and burst > 1:
+            continue
+        go = text_frame(EVENT) * events if who == NCHAN else text_frame(b"%d %d" % (events, burst))
         cpu_s = server.cpu_s()
-        outcome = crowd.drain(b"%d %d" % (events, burst), members * events * FRAME_BYTES)
+        outcome = crowd.drain(go, members * events * FRAME_BYTES)
         _add(figures, figure, who, members * events, outcome, server.cpu_s() - cpu_s)
 
 
@@ -72,7 +77,7 @@ def _measure_nats(figures: Figures, server: Server, crowd: Crowd, events: int) -
     crowd.read_away(NATS_QUIET_S)
     cpu_s = server.cpu_s()
     frames_bytes = (2 + 8) * deliveries  # at the most: one WebSocket frame for each event
-    outcome = crowd.drain(NATS_PUB * events, deliveries * NATS_MSG_BYTES, slack_bytes=frames_bytes)
+    outcome = crowd.drain(text_frame(NATS_PUB * events), deliveries * NATS_MSG_BYTES, slack_bytes=frames_bytes)
     _add(figures, BURSTS, NATS_SERVER, deliveries, outcome, server.cpu_s() - cpu_s)
 
 

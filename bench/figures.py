@@ -6,8 +6,9 @@ A figure is more than its median: every reading is kept, with the share of a cor
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 SATURATED = 0.95  # a client that needed more of its core may have been the bottleneck
 
@@ -72,6 +73,19 @@ class Figures:
     def of(self, figure: str) -> dict[str, Series]:
         """The series of a figure by who reached it; empty when it was not measured."""
         return self._series.get(figure, {})
+
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any]) -> Self:
+        """What `as_json` wrote."""
+        figures = cls()
+        for figure, by_peer in kept.items():
+            if figure == "skipped":
+                figures.skipped = dict(by_peer)
+                continue
+            for who, series in by_peer.items():
+                for reading in series["readings"]:
+                    figures.add(figure, who, **reading)
+        return figures
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -1,8 +1,8 @@
-"""All benchmarks, beside the peers: the parts, sockets, agents, fan-out and flood; JSON in bench/results, one table on stdout.
+"""All benchmarks, beside the peers: the parts, sockets, pings, agents, fan-out, floods; JSON in bench/results, one table on stdout.
 
-    python bench/run.py [--quick] [--only parts|sockets|agents|fanout|flood] [--update-readme]
+    python bench/run.py [--quick] [--only parts|sockets|pings|agents|fanout|flood|slow] [--update-readme]
 
-The full run takes six to nine minutes; it opens as many sockets as the descriptor limit allows, 18,000 at the most, all of
+The full run takes about fifteen minutes; it opens as many sockets as the descriptor limit allows, 18,000 at the most, all of
 them on loopback addresses.
 """
 
@@ -13,7 +13,7 @@ import json
 import os
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,16 @@ from fanout import measure_fanout
 from figures import Figures
 from flood import measure_flood
 from parts import measure_parts
+from pings import measure_pings
 from processes import ROOT, commit, machine
+from slow import measure_slow
 from sockets import measure_agents, measure_sockets
 from table import markdown
 
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+PARTS = ("parts", "sockets", "pings", "agents", "fanout", "flood", "slow")
 SPARE_DESCRIPTORS = 2_000
 QUIET_LOAD = 0.7  # a load average above this, before anything has begun, is not ours
 
@@ -49,24 +52,10 @@ QUICK = Scale(rounds=1, sockets=12_000, members=2_000, events=100, crowd=3_000)
 def main() -> None:
     arguments = parse_arguments()
     scale = QUICK if arguments.quick else FULL
-    sockets = within_descriptor_limit(scale.sockets)
+    scale = replace(scale, sockets=within_descriptor_limit(scale.sockets))
     figures = Figures()
-    parts: dict[str, Callable[[], None]] = {
-        "parts": lambda: measure_parts(figures, RESULTS),
-        "sockets": lambda: measure_sockets(figures, rounds=scale.rounds, sockets=sockets),
-        "agents": lambda: measure_agents(figures, rounds=scale.rounds, agents=sockets),
-        "fanout": lambda: measure_fanout(
-            figures, rounds=scale.rounds, members=min(scale.members, sockets), events=scale.events
-        ),
-        "flood": lambda: measure_flood(figures, rounds=scale.rounds, crowd_size=min(scale.crowd, sockets)),
-    }
-    about = {"commit": commit(), "machine": machine(), "taken_at": datetime.now(UTC).isoformat(timespec="seconds")}
-    about["load_before"] = round(os.getloadavg()[0], 2)
-    about |= {"rounds": scale.rounds, "sockets": sockets, "members": scale.members, "events": scale.events}
-    about["crowd"] = min(scale.crowd, sockets)
-    for name, measure in parts.items():
-        if arguments.only in {None, name}:
-            measure()
+    about = about_run(scale)
+    measure_all(figures, scale, arguments.only)
     path = write_results(arguments, {**about, "figures": figures.as_json()})
     table = markdown(figures, heading(about))
     print(f"\n{table}\n\n{path.relative_to(ROOT)}")
@@ -74,12 +63,43 @@ def main() -> None:
         update_readme(table)
 
 
+def measure_all(figures: Figures, scale: Scale, only: str | None = None) -> None:
+    """Every part, or only one of them."""
+    rounds = scale.rounds
+    parts: dict[str, Callable[[], None]] = {
+        "parts": lambda: measure_parts(figures, RESULTS),
+        "pings": lambda: measure_pings(figures, rounds=rounds, sockets=scale.sockets),
+        "sockets": lambda: measure_sockets(figures, rounds=rounds, sockets=scale.sockets),
+        "agents": lambda: measure_agents(figures, rounds=rounds, agents=scale.sockets),
+        "fanout": lambda: measure_fanout(
+            figures, rounds=rounds, members=min(scale.members, scale.sockets), events=scale.events
+        ),
+        "flood": lambda: measure_flood(figures, rounds=rounds, crowd_size=min(scale.crowd, scale.sockets)),
+        "slow": lambda: measure_slow(figures, rounds=rounds),
+    }
+    for name in PARTS:
+        if only in {None, name}:
+            print(f"{name}:", flush=True)
+            parts[name]()
+
+
+def about_run(scale: Scale) -> dict[str, Any]:
+    """Before anything is measured."""
+    return {
+        "commit": commit(),
+        "machine": machine(),
+        "taken_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load_before": round(os.getloadavg()[0], 2),
+        **asdict(scale),
+    }
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--quick", action="store_true", help="one round of everything, on fewer sockets: a minute or two"
     )
-    parser.add_argument("--only", choices=["parts", "sockets", "agents", "fanout", "flood"], help="one part of it")
+    parser.add_argument("--only", choices=PARTS, help="one part of it")
     parser.add_argument("--update-readme", action="store_true", help=f"put the table between {BEGIN} and {END}")
     arguments = parser.parse_args()
     if arguments.update_readme and arguments.only:

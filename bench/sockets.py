@@ -23,6 +23,7 @@ from processes import Server
 IN_FLIGHT = 200
 WARM_UP_SOCKETS = 2 * IN_FLIGHT
 AGENTS_PER_CLASSROOM = 30
+AUDIENCE, KEY_ID = "presence", "bench"
 SETTLE_S = 2.0  # until freed memory is given back and the last callbacks have run
 
 SOCKET_BYTES = "RSS of an idle socket"
@@ -90,7 +91,7 @@ class Tokens:
         jwk = json.loads(jwt.algorithms.ECAlgorithm.to_jwk(self.key.public_key()))
         self.path = f"{folder}/jwks.json"
         with open(self.path, "w") as file:
-            json.dump({"keys": [{**jwk, "kid": "bench", "alg": "ES256", "use": "sig"}]}, file)
+            json.dump({"keys": [{**jwk, "kid": KEY_ID, "alg": "ES256", "use": "sig"}]}, file)
 
     def requests(self, count: int) -> list[bytes]:
         expires = int(time.time()) + 3600
@@ -101,7 +102,10 @@ class Tokens:
         return self.request(number, classroom_id, expires)
 
     def request(self, number: int, classroom_id: str, expires: int | None = None) -> bytes:
-        claims = {"sub": f"student-{number}", "aud": "presence", "exp": expires or int(time.time()) + 3600}
-        token = jwt.encode({**claims, "classrooms": [classroom_id]}, self.key, "ES256", {"kid": "bench"})
+        token = self.token(f"student-{number}", [classroom_id], expires)
         payload = {"token": token, "classroom_id": classroom_id, "agent_label": "web"}
         return json.dumps({"type": "connect_request", "payload": payload}).encode()
+
+    def token(self, subject: str, classroom_ids: Sequence[str], expires: int | None = None) -> str:
+        claims = {"sub": subject, "aud": AUDIENCE, "exp": expires or int(time.time()) + 3600}
+        return jwt.encode({**claims, "classrooms": list(classroom_ids)}, self.key, "ES256", {"kid": KEY_ID})

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import fanout
 import flood
+import pings
+import slow
 import sockets
 from figures import Figures, Series
 from peers import PRESENCE
 
 TIMER_SIZES = (10, 1_000, 100_000)
 FRAME_SIZES = (16, 190, 4_096)
+ROOM_SIZES = (100, 1_000)
+CALLERS = (256, 4_096)
+NS_IN_US = 1_000
 SATURATION_MARK = "†"
 MISSED_MARK = "✗"
 
@@ -21,7 +26,8 @@ MISSED_MARK = "✗"
 class Row:
     """One row. `more_is_better` says which way a ratio is turned; `goal` is compared with the median.
 
-    `as_server_us`: the row shows what each of a rate took of the server's CPU.
+    `as_server_us`: the row shows what each of a rate took of the server's CPU. `yardstick`: the figure whose peers a
+    comparison of two runs measures by, where this one has none of its own.
     """
 
     title: str
@@ -30,9 +36,17 @@ class Row:
     goal: float | None = None
     digits: int = 0
     as_server_us: bool = False
+    yardstick: str | None = None
+    is_compared: bool = True  # between two runs
 
     def series(self, figures: Figures) -> Mapping[str, Series]:
-        by_peer = figures.of(self.figure)
+        return self._shown(figures.of(self.figure))
+
+    def peers(self, figures: Figures) -> dict[str, Series]:
+        by_peer = self._shown(figures.of(self.yardstick or self.figure))
+        return {who: series for who, series in by_peer.items() if who != PRESENCE}
+
+    def _shown(self, by_peer: Mapping[str, Series]) -> Mapping[str, Series]:
         return {who: series.server_us for who, series in by_peer.items()} if self.as_server_us else by_peer
 
     def is_missed(self, value: float) -> bool:
@@ -43,12 +57,18 @@ class Row:
 
 @dataclass(frozen=True)
 class PartRow:
-    """Nanoseconds at several sizes in one row; `who` of the figures is Presence here."""
+    """Nanoseconds at several sizes in one row, shown divided by `unit_ns`; `who` of the figures is Presence here.
+
+    `seams` are other measurements of the same code: no peers.
+    """
 
     title: str
     group: str
     sizes: tuple[int, ...]
     who: str
+    test: str  # the function that measures it
+    unit_ns: int = 1
+    seams: tuple[str, ...] = ()
 
 
 ROWS = (
@@ -56,8 +76,15 @@ ROWS = (
     Row("RSS of an idle authenticated agent, B", sockets.AGENT_BYTES, False, 1_024),
     Row("upgrades/s", sockets.UPGRADES, True, 16_000),
     Row("one upgrade, µs of the server's CPU", sockets.UPGRADES, False, as_server_us=True),
-    Row("whole connects/s", sockets.CONNECTS, True, 3_000),
-    Row("one whole connect, µs of the gateway's CPU", sockets.CONNECTS, False, as_server_us=True),
+    Row("one ping and its pong, µs of the server's CPU", pings.PING_US, False, digits=1),
+    Row("whole connects/s", sockets.CONNECTS, True, 3_000, yardstick=sockets.UPGRADES),
+    Row(
+        "one whole connect, µs of the gateway's CPU",
+        sockets.CONNECTS,
+        False,
+        as_server_us=True,
+        yardstick=sockets.UPGRADES,
+    ),
     Row("whole connect, p50, ms", sockets.CONNECT_P50_MS, False),
     Row("whole connect, p99, ms", sockets.CONNECT_P99_MS, False, 250),
     Row("fan-out, one event a send, frames/s", fanout.FRAMES, True, 250_000),
@@ -66,17 +93,40 @@ ROWS = (
     Row("event to a room of 30, no flood, p99, ms", flood.QUIET_P99_MS, False, digits=1),
     Row("event to a room of 30, a crowd is flooded, p99, ms", flood.FLOODED_P99_MS, False, 25, digits=1),
     Row("pings meanwhile: p99.9 within ms of their time", flood.PING_LATENESS_MS, False, 50),
-    Row("of that time, the gateway waited for a processor", flood.WAITED, False, digits=2),
+    Row("of that time, the gateway waited for a processor", flood.WAITED, False, digits=2, is_compared=False),
     Row("deliveries/s to the flooded crowd", flood.DELIVERED, True),
+    Row("event to the last of a room of 300, p99, ms", slow.ALL_READ_P99_MS, False, digits=2),
+    Row("the same with a hundred that read nothing, as a ratio", slow.RATIO, False, 1.1, digits=2, is_compared=False),
 )
 PART_ROWS = (
     *(
-        PartRow(f"timer {operation}, ns at 10 / 1,000 / 100,000", f"timer {operation}", TIMER_SIZES, "wheel")
+        PartRow(
+            f"timer {operation}, ns at 10 / 1,000 / 100,000",
+            f"timer {operation}",
+            TIMER_SIZES,
+            "wheel",
+            "test_timers",
+            seams=("TimerWheel",),
+        )
         for operation in ("start", "restart", "stop", "expire")
     ),
     *(
-        PartRow(f"frame {operation}, ns at 16 B / 190 B / 4 KB", f"frame {operation}", FRAME_SIZES, "hub")
-        for operation in ("decode", "encode")
+        PartRow(
+            f"frame {operation}, ns at 16 B / 190 B / 4 KB",
+            f"frame {operation}",
+            FRAME_SIZES,
+            "hub",
+            f"test_{operation}",
+            seams=(seam,),
+        )
+        for operation, seam in (("decode", "Decoder"), ("encode", "encode_frame"))
+    ),
+    PartRow("event to frame, ns, payload of 16 B / 190 B / 4 KB", "envelope", FRAME_SIZES, "presence", "test_envelope"),
+    PartRow("one delivery, ns, to a room of 100 / 1,000", "broadcast", ROOM_SIZES, "hub", "test_broadcast"),
+    PartRow("token check, µs, 1 / 30 classrooms", "token check", (1, 30), "presence", "test_token", NS_IN_US),
+    PartRow("a caller of a batch, ns, of 256 / 4,096", "batch of callers", CALLERS, "Batcher", "test_batcher"),
+    PartRow(
+        "a session row, µs, of 256 / 4,096 at once", "session row", CALLERS, "Store", "test_session_rows", NS_IN_US
     ),
 )
 
@@ -91,7 +141,11 @@ def markdown(figures: Figures, heading: str) -> str:
 
 def _row(row: Row, by_peer: Mapping[str, Series]) -> str:
     own = by_peer[PRESENCE]
-    goal = "" if row.goal is None else ("≥ " if row.more_is_better else "≤ ") + f"{row.goal:,.0f}"
+    goal = (
+        ""
+        if row.goal is None
+        else ("≥ " if row.more_is_better else "≤ ") + f"{row.goal:,.{row.digits if row.goal % 1 else 0}f}"
+    )
     mark = f" {MISSED_MARK}" if row.is_missed(own.median) else ""
     peers = [
         f"{who} {_cell(series, row.digits)} ×{_ratio(own.median, series.median, row.more_is_better)}"
@@ -118,16 +172,16 @@ def _ratio(own: float, other: float, more_is_better: bool) -> str:
 def _part_row(row: PartRow, figures: Figures) -> str:
     at_sizes = [figures.of(f"{row.group}/{size}") for size in row.sizes]
     others = [who for who in at_sizes[0] if who != row.who]
-    beside = "; ".join(f"{who} {_medians(who, at_sizes, _short)}" for who in others)
-    return f"| {row.title} | | **{_medians(row.who, at_sizes, _short)}** | {beside} |"
+    beside = "; ".join(f"{who} {_medians(who, at_sizes, row.unit_ns)}" for who in others)
+    return f"| {row.title} | | **{_medians(row.who, at_sizes, row.unit_ns)}** | {beside} |"
 
 
-def _medians(who: str, at_sizes: Iterable[Mapping[str, Series]], shown: Callable[[float], str]) -> str:
-    return " / ".join(shown(series[who].median) for series in at_sizes)
+def _medians(who: str, at_sizes: Iterable[Mapping[str, Series]], unit_ns: int) -> str:
+    return " / ".join(_short(series[who].median / unit_ns) for series in at_sizes)
 
 
-def _short(ns: float) -> str:
-    return f"{ns:.1f}" if ns < 100 else f"{ns:,.0f}"
+def _short(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def _legend(figures: Figures) -> list[str]:

@@ -5,12 +5,10 @@ A child of it waits until the listener is there and says so, as all servers of t
 
 import os
 import shutil
-import socket
 import sys
-import time
 from pathlib import Path
 
-from ports import free_port
+from ports import announce, free_port
 
 
 def config_file(port: int) -> str:
@@ -21,17 +19,6 @@ def config_file(port: int) -> str:
     )
     os.write(descriptor, text.encode())
     return f"/proc/self/fd/{descriptor}"
-
-
-def announce(port: int) -> None:
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-        except OSError:
-            time.sleep(0.02)
-        else:
-            print(f"listening on {port}", flush=True)
-            return
 
 
 def main() -> None:
