@@ -19,6 +19,7 @@ from presence import protocol, reasons
 from presence.errors import SessionError
 from presence.identity import Identity, agent_id_of
 from presence.log import get
+from presence.outage import Outage
 from presence_core.frames import OPCODE_TEXT, encode_frame
 from presence_core.hub import DEADLINE_PONG, LIMIT_BACKLOG, Connection, Room
 
@@ -78,6 +79,7 @@ class Lives:
         steps: Steps,
         *,
         now: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
         random: Callable[[], float],
     ) -> None:
         self._settings = settings
@@ -88,6 +90,8 @@ class Lives:
         self._metrics = metrics
         self._steps = steps
         self._now = now
+        self._clock = clock
+        self._outage = Outage(settings.reconnect_spread_s)
         self._random = random
         # Found once: a look-up by label, or a line that nobody logs, costs more than what it is for.
         self._connected_count = metrics.connects.labels("success")
@@ -176,6 +180,7 @@ class Lives:
         success = protocol.encode_success(session_id, agent.agent_id, ping_interval_ms, pong_timeout_ms)
         if not agent.send(encode_frame(OPCODE_TEXT, success) + held):
             return False
+        self._outage.end()
         agent.session_id = session_id
         self._enter_phase(agent, Phase.CONNECTED)
         agent.join(room)
@@ -288,6 +293,12 @@ class Lives:
             agent.finish()
 
     def _error_frame(self, reason: Reason, title: str | None) -> bytes:
-        spread_ms = self._settings.reconnect_spread_s * 1000
-        reconnect_after_ms = int(self._random() * spread_ms) if reason.reconnect else 0
-        return encode_frame(OPCODE_TEXT, protocol.encode_error(reason, title, reconnect_after_ms))
+        return encode_frame(OPCODE_TEXT, protocol.encode_error(reason, title, self._reconnect_after_ms(reason)))
+
+    def _reconnect_after_ms(self, reason: Reason) -> int:
+        """At random, for an agent each: all that one event sends away must not come back in one instant."""
+        if not reason.reconnect:
+            return 0
+        if reason is reasons.UNAVAILABLE:
+            return int((1 + self._random()) / 2 * self._outage.spread_s(self._clock()) * 1000)
+        return int(self._random() * self._settings.reconnect_spread_s * 1000)

@@ -10,7 +10,7 @@ from running import Agent, Overheard, Running, running_gateway
 
 from presence.bus import PROOF_LASTS_S
 from servers import NatsServer, PostgresDatabase
-from waiting import eventually, within
+from waiting import SCALE, eventually, within
 
 FAST_HEARTBEAT = {"ping_interval_s": 0.2, "pong_timeout_s": 0.1}
 
@@ -26,6 +26,16 @@ async def refused(gateway: Running, agent: str) -> Agent:
     await newcomer.say(gateway.request(agent))
     assert await newcomer.error() == ("unavailable", 4003)
     return newcomer
+
+
+async def advice_ms(gateway: Running) -> int:
+    """How long a connect that cannot be served is told to stay away."""
+    newcomer = await gateway.dial()
+    await newcomer.say(gateway.request("new"))
+    payload = (await newcomer.hear())["payload"]
+    assert payload["type"] == "unavailable"
+    after_ms: int = payload["reconnect_after_ms"]
+    return after_ms
 
 
 async def gap(agent: Agent) -> object:
@@ -66,6 +76,26 @@ async def test_nats_goes_away_and_comes_back(tmp_path: Path, own_nats: NatsServe
         assert (await stays.hear())["payload"] == "whole again"
         newcomer, _ = await gateway.join("new")
         await newcomer.socket.close()
+
+
+async def test_the_longer_nats_is_away_the_longer_agents_are_told_to_stay_away(
+    tmp_path: Path, own_nats: NatsServer, database_url: str
+) -> None:
+    async with running_gateway(tmp_path, own_nats.url, database_url, reconnect_spread_s=0.2) as gateway:
+        own_nats.kill()
+        await eventually(lambda: not gateway.app.bus.connected)
+        first = [await advice_ms(gateway) for _ in range(10)]
+        assert 100 <= min(first) < max(first) < 200 + 500 * SCALE
+        later: list[int] = []
+        while len(later) < 10 or min(later[-10:]) <= max(first):
+            later.append(await within(advice_ms(gateway)))
+        assert len(set(later[-10:])) > 5  # each its own
+        own_nats.start()
+        await eventually(lambda: is_ready(gateway), 10)
+        await gateway.join("new")
+        own_nats.kill()
+        await eventually(lambda: not gateway.app.bus.connected)
+        assert 100 <= await advice_ms(gateway) <= 200
 
 
 async def test_nats_stands_still_in_the_middle_of_a_connect(

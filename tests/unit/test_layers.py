@@ -26,7 +26,7 @@ LAYERS = [
     ["fanout", "replicas"],
     ["authn", "authz", "store", "bus"],
     ["keyset", "outbound", "steps"],
-    ["protocol", "config", "setting_types", "metrics", "identity", "log", "errors", "reasons"],
+    ["protocol", "config", "setting_types", "metrics", "identity", "log", "errors", "reasons", "outage"],
 ]
 BASE = LAYERS[-1]
 
