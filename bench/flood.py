@@ -1,9 +1,10 @@
 """Under a flood: how late the events of a room of 30 are, and everyone's pings, while the crowd in another room is flooded.
 
-The whole gateway over real servers. The crowd's classroom gets as many events as make a million deliveries a second, more than
-the gateway can send one by one: its hub is never done. A process of its own publishes to the small room at a fixed pace and
-reads at one of its agents; its latency runs from the publish to the read. The lateness of pings is the hub's own histogram of
-the same time: the upper bound of the bucket with the p99.9.
+The whole gateway over real servers, and as many agents as it can have: the crowd in one room, the others in rooms of 30. The
+crowd's classroom gets as many events as make a million deliveries a second, more than the gateway can send one by one: its hub
+is never done. A process of its own publishes to one of the small rooms at a fixed pace and reads at one of its agents; its
+latency runs from the publish to the read. The lateness of pings is the hub's own histogram of the same time, of all agents: the
+upper bound of the bucket with the p99.9.
 """
 
 from __future__ import annotations
@@ -17,24 +18,30 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Sequence
+from typing import Self
 from urllib.request import urlopen
 
-from clients import Crowd, Outcome
+from clients import Crowd, Member, Outcome
 from figures import Figures
 from peers import PRESENCE
 from processes import ROOT, Server
-from sockets import Tokens
+from sockets import AGENTS_PER_CLASSROOM, Tokens
 
-ROOM_MEMBERS = 30
+ROOM_MEMBERS = AGENTS_PER_CLASSROOM
 PROBE_EVERY_S = 0.01
 QUIET_S = 3.0
-FLOOD_S = 8.0
+FLOOD_S = 15.0
 DELIVERIES_PER_S = 1_000_000
 PAYLOAD = b'"' + b"x" * 100 + b'"'
 IN_FLIGHT = 200
+ENTER_BYTES = 300  # at the most: what everyone in the crowd hears of each who comes
+ON_THE_WAY_BYTES = 64 << 20  # of that, at once: much more than the kernel gives to TCP would be gigabytes
+READ_EVERY_S = 0.01
+READ_BYTES = 1 << 18
 PINGS_MIN = 500  # for a figure; of fewer than a thousand the p99.9 is the latest
-PING_INTERVAL_S = 60
-PONG_TIMEOUT_S = 59  # in the end the crowd only reads: no pong is missed before all is over
+PING_INTERVAL_S = 240
+PONG_TIMEOUT_S = 239  # agents that have arrived only read: no pong is missed before all is over
 NATS_HELLO = b'CONNECT {"verbose":false}\r\n'
 
 QUIET_P99_MS = "event in a room of 30, quiet, p99"
@@ -44,11 +51,13 @@ WAITED = "share of the flood in which the gateway waited for a processor"
 DELIVERED = "deliveries to the flooded crowd"
 
 
-def measure_flood(figures: Figures, *, rounds: int, crowd_size: int) -> None:
+def measure_flood(figures: Figures, *, rounds: int, crowd_size: int, agents: int) -> None:
+    """`agents` in all: those who are not in the crowd are in rooms of 30."""
     with tempfile.TemporaryDirectory() as folder:
         tokens = Tokens(folder)
         crowd_id = str(uuid.uuid4())
-        requests = [tokens.request(number, crowd_id) for number in range(crowd_size)]
+        crowd = [tokens.request(number, crowd_id) for number in range(crowd_size)]
+        others = tokens.requests(max(0, agents - crowd_size - ROOM_MEMBERS))
         for number in range(rounds):
             options = (
                 "--data-dir",
@@ -60,12 +69,10 @@ def measure_flood(figures: Figures, *, rounds: int, crowd_size: int) -> None:
                 "--ping-interval-s",
                 str(PING_INTERVAL_S),
             )
-            with Server("bench/gateway_server.py", *options) as server, Crowd(server.port) as crowd:
-                outcome = crowd.connect(crowd_size, in_flight=IN_FLIGHT, first_messages=requests)
-                if outcome.failures:
-                    raise RuntimeError(f"connects failed: {outcome.failures}")
-                crowd.read_away(0.5)
-                _measure(figures, server, crowd, crowd_id, _probe_requests(tokens, folder))
+            with Server("bench/gateway_server.py", *options) as server, Audience(server.port) as audience:
+                audience.take_in(others)
+                audience.take_in_crowd(crowd)
+                _measure(figures, server, audience, crowd_size, crowd_id, _probe_requests(tokens, folder))
             p99, late, waited = (
                 figures.of(name)[PRESENCE].values[-1] for name in (FLOODED_P99_MS, PING_LATENESS_MS, WAITED)
             )
@@ -76,6 +83,56 @@ def measure_flood(figures: Figures, *, rounds: int, crowd_size: int) -> None:
             )
 
 
+class Audience:
+    """Agents that read what comes, and throw it away: not even pings are answered."""
+
+    def __init__(self, port: int) -> None:
+        self.read_bytes = 0
+        self._port = port
+        self._members: dict[int, Member] = {}
+        self._poll = select.epoll()
+        self._space = bytearray(READ_BYTES)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for member in self._members.values():
+            member.sock.close()
+        self._poll.close()
+
+    def take_in(self, requests: Sequence[bytes]) -> None:
+        with Crowd(self._port) as newcomers:
+            outcome = newcomers.connect(len(requests), in_flight=IN_FLIGHT, first_messages=requests)
+            if outcome.failures or newcomers.lost:
+                raise RuntimeError(f"{newcomers.lost} lost, connects failed: {outcome.failures}")
+            for fd, member in newcomers.members.items():
+                self._poll.register(fd, select.EPOLLIN)
+                self._members[fd] = member
+            newcomers.members.clear()
+
+    def take_in_crowd(self, requests: Sequence[bytes]) -> None:
+        """At the pace at which they can hear of each other: ten thousand hear fifty million times that somebody came."""
+        taken = 0
+        while taken < len(requests):
+            count = max(1, min(IN_FLIGHT, ON_THE_WAY_BYTES // (ENTER_BYTES * max(1, taken))))
+            self.take_in(requests[taken : taken + count])
+            taken += count
+            self.read(READ_EVERY_S)
+        self.read(0.5)
+
+    def read(self, quiet_s: float, *, at_most_s: float = 10.0) -> None:
+        """Until nothing has come for so long; at a fixed pace, as `Crowd.drain` does and for the same reason."""
+        until = time.perf_counter() + at_most_s
+        while time.perf_counter() < until and (ready := self._poll.poll(quiet_s, len(self._members))):
+            for fd, _ in ready:
+                size = self._members[fd].sock.recv_into(self._space)
+                if size == 0:
+                    raise ConnectionError("the gateway has closed a socket")
+                self.read_bytes += size
+            time.sleep(READ_EVERY_S)
+
+
 def _probe_requests(tokens: Tokens, folder: str) -> tuple[str, str]:
     """The small room's id, and a file of its agents' connect_requests."""
     room_id, path = str(uuid.uuid4()), f"{folder}/room"
@@ -84,11 +141,13 @@ def _probe_requests(tokens: Tokens, folder: str) -> tuple[str, str]:
     return room_id, path
 
 
-def _measure(figures: Figures, server: Server, crowd: Crowd, crowd_id: str, room: tuple[str, str]) -> None:
-    quiet = _probed(server, room, QUIET_S, crowd, None)
+def _measure(
+    figures: Figures, server: Server, audience: Audience, crowd_size: int, crowd_id: str, room: tuple[str, str]
+) -> None:
+    quiet = _probed(server, room, QUIET_S, audience)
     before = ping_lateness(server)
-    read_bytes, waited_s = crowd.read_bytes, server.waited_s()
-    flooded = _probed(server, room, FLOOD_S, crowd, crowd_id)
+    read_bytes, waited_s = audience.read_bytes, server.waited_s()
+    flooded = _probed(server, room, FLOOD_S, audience, crowd_id, DELIVERIES_PER_S / crowd_size)
     event_bytes = (
         4
         + len(PAYLOAD)
@@ -101,20 +160,26 @@ def _measure(figures: Figures, server: Server, crowd: Crowd, crowd_id: str, room
     figures.add(FLOODED_P99_MS, PRESENCE, flooded.percentile_ms(0.99))
     figures.add(PING_LATENESS_MS, PRESENCE, late_ms)
     figures.add(WAITED, PRESENCE, (server.waited_s() - waited_s) / (FLOOD_S + 1))
-    figures.add(DELIVERED, PRESENCE, (crowd.read_bytes - read_bytes) / event_bytes / FLOOD_S)
+    figures.add(DELIVERED, PRESENCE, (audience.read_bytes - read_bytes) / event_bytes / FLOOD_S)
 
 
-def _probed(server: Server, room: tuple[str, str], seconds: float, crowd: Crowd, flooded: str | None) -> Outcome:
-    """What the prober measured; the crowd reads meanwhile, and is flooded if its classroom is given."""
+def _probed(
+    server: Server,
+    room: tuple[str, str],
+    seconds: float,
+    audience: Audience,
+    flooded: str | None = None,
+    events_per_s: float = 0.0,
+) -> Outcome:
+    """What the prober measured; the audience reads meanwhile, and a classroom is flooded if it is given."""
     nats_port = server.ready["nats"]
     probe = _spawn("probe", str(server.port), str(nats_port), *room, str(seconds))
     flood = None
     try:
         if flooded is not None:
-            rate = DELIVERIES_PER_S / len(crowd.members)
-            flood = _spawn("flood", str(nats_port), flooded, str(rate), str(seconds + 2))
+            flood = _spawn("flood", str(nats_port), flooded, str(events_per_s), str(seconds + 2))
         while probe.poll() is None:
-            crowd.read_away(0.05, at_most_s=0.5)
+            audience.read(0.05, at_most_s=0.5)
         assert probe.stdout is not None
         if probe.returncode != 0:
             raise RuntimeError("the prober failed")

@@ -45,7 +45,7 @@ class Scale:
     crowd: int
 
 
-FULL = Scale(rounds=3, sockets=18_000, members=5_000, events=200, crowd=5_000)
+FULL = Scale(rounds=3, sockets=18_000, members=5_000, events=200, crowd=10_000)
 QUICK = Scale(rounds=1, sockets=12_000, members=2_000, events=100, crowd=3_000)
 
 
@@ -74,7 +74,9 @@ def measure_all(figures: Figures, scale: Scale, only: str | None = None) -> None
         "fanout": lambda: measure_fanout(
             figures, rounds=rounds, members=min(scale.members, scale.sockets), events=scale.events
         ),
-        "flood": lambda: measure_flood(figures, rounds=rounds, crowd_size=min(scale.crowd, scale.sockets)),
+        "flood": lambda: measure_flood(
+            figures, rounds=rounds, crowd_size=min(scale.crowd, scale.sockets), agents=scale.sockets
+        ),
         "slow": lambda: measure_slow(figures, rounds=rounds),
     }
     for name in PARTS:
