@@ -90,6 +90,7 @@ def stay(run: Run) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
+    del sys.argv[1:]  # locust's page reads them as its own options
     timing = QUICK if arguments.quick else REAL
     run = Run(
         timing,

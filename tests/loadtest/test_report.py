@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from loadtest.compare import compare
 from loadtest.costs import agent_line
 from loadtest.figures import FLOORS_NS, Histogram, Record, ShardFigures
 from loadtest.network import Losses
+from loadtest.picture import BROWSERS, picture
 from loadtest.report import page
 from loadtest.verdicts import Judge, why_not_counted
 
@@ -147,6 +150,20 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere() -> None:
     assert text.count("<svg") == text.count("</svg>") == 11
     assert "does not count" not in text
     assert "does not count" in page(result(passed=False))
+
+
+@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no browser for the picture")
+def test_the_page_as_a_picture(tmp_path: Path) -> None:
+    report, out = tmp_path / "report.html", tmp_path / "report.png"
+    report.write_text(page(result()))
+    picture(report, out, width=600, height=500)
+    head = out.read_bytes()[:24]
+    assert head.startswith(b"\x89PNG")
+    assert (int.from_bytes(head[16:20]), int.from_bytes(head[20:24])) == (600, 500)
+    without = tmp_path / "without.html"
+    without.write_text("<body></body>")
+    picture(without, tmp_path / "without.png", width=600, height=500)
+    assert out.stat().st_size > 2 * (tmp_path / "without.png").stat().st_size
 
 
 def test_two_runs_compared() -> None:
