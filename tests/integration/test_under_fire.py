@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import sys
 import time
 import uuid
@@ -12,9 +13,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
-from raw import dialled, frame
+from raw import dialled, frame, head
 from running import Agent, Running, running_gateway
 from websockets.frames import Opcode
 
@@ -25,27 +27,60 @@ HALF_OPEN_A_MINUTE = 100_000
 FLOOD_S = 3.0
 HONEST_P99_S = 0.25
 
-# In a process of its own: sockets at a fixed pace, of which nothing more is heard, or half a request and then a byte a second.
-HALF_OPEN = """
+# In a process of its own, at a fixed pace: sockets of which nothing more is heard, or half a request and then a byte a second;
+# headers that are far too large; and now and then an upgrade with a message behind it whose fragments have no end.
+FLOOD = """
 import socket, sys, time
 port, pace, seconds = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
-starts = [b"", b"GET /ws HTTP/1.1\\r\\nHost: x\\r\\n", b"G"]
-began, held = time.monotonic(), []
+upgrade = sys.argv[4].encode("latin-1")
+line = b"GET /ws HTTP/1.1\\r\\n"
+starts = [b"", line + b"Host: x\\r\\n", b"G", line + b"X-Bomb: " + b"x" * 20_000]
+fragment = b"\\x00\\x81\\0\\0\\0\\0x"
+began, held, talkers = time.monotonic(), [], []
+
+def say(sock, data):
+    try:
+        sock.send(data)
+    except OSError:  # full, or closed
+        return
+
 print("flooding", flush=True)
 while (now := time.monotonic() - began) < seconds:
     while len(held) < now * pace:
         sock = socket.create_connection(("127.0.0.1", port))
         sock.setblocking(False)
-        sock.send(starts[len(held) % 3])
+        say(sock, starts[len(held) % len(starts)])
         held.append(sock)
     for sock in held[int(now) :: 500]:
-        try:
-            sock.send(b"X")
-        except OSError:
-            pass
+        say(sock, b"X")
+    if len(talkers) < now * 5:
+        talkers.append(socket.create_connection(("127.0.0.1", port)))
+        talkers[-1].setblocking(False)
+        say(talkers[-1], upgrade + b"\\x01\\x81\\0\\0\\0\\0{")
+    for sock in talkers:
+        say(sock, fragment * 300)
     time.sleep(0.002)
-print(len(held), flush=True)
+bombs = len(held[len(starts) - 1 :: len(starts)])
+print(len(held) - bombs, bombs, len(talkers), flush=True)
 sys.stdin.read()
+"""
+
+# A service that sends more than nats-server keeps for a client that does not read.
+PUBLISHER = """
+import socket, sys
+port, subject, count = int(sys.argv[1]), sys.argv[2].encode(), int(sys.argv[3])
+sock = socket.create_connection(("127.0.0.1", port))
+sock.recv(4096)  # INFO
+sock.sendall(b'CONNECT {"verbose":false}\\r\\n')
+for number in range(count):
+    payload = b'{"n":%d,"text":"%s"}' % (number, b"x" * 100_000)
+    sock.sendall(b"PUB %s %d\\r\\n%s\\r\\n" % (subject, len(payload), payload))
+sock.sendall(b"PING\\r\\n")
+heard = b""
+while b"PONG" not in heard:
+    data = sock.recv(4096)
+    assert data, heard
+    heard += data
 """
 
 
@@ -63,10 +98,10 @@ def metric(gateway: Running, name: str, **labels: str) -> float:
 
 
 @asynccontextmanager
-async def half_open(port: int) -> AsyncIterator[asyncio.subprocess.Process]:
+async def flood(port: int) -> AsyncIterator[asyncio.subprocess.Process]:
     pace = HALF_OPEN_A_MINUTE / 60
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", HALF_OPEN, str(port), str(pace), str(FLOOD_S)),
+        *(sys.executable, "-c", FLOOD, str(port), str(pace), str(FLOOD_S), head().decode("latin-1")),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
@@ -85,9 +120,9 @@ async def test_a_hundred_thousand_half_open_handshakes_a_minute_harm_no_honest_c
     assert door is not None
     took: list[float] = []
     most = 0
-    async with half_open(gateway.app.gateway.port) as flood:
-        assert flood.stdout is not None
-        ended = asyncio.create_task(flood.stdout.readline())
+    async with flood(gateway.app.gateway.port) as process:
+        assert process.stdout is not None
+        ended = asyncio.create_task(process.stdout.readline())
         while not ended.done():
             async with dialled(gateway.app.gateway.port) as (client,):
                 began = time.monotonic()
@@ -96,17 +131,51 @@ async def test_a_hundred_thousand_half_open_handshakes_a_minute_harm_no_honest_c
                 took.append(time.monotonic() - began)
             most = max(most, door.handshakes)
             await asyncio.sleep(0.01)
-        opened = int(ended.result())
-        assert opened > 0.8 * FLOOD_S * HALF_OPEN_A_MINUTE / 60
+        half_open, bombs, endless = map(int, ended.result().split())
+        assert half_open + bombs > 0.8 * FLOOD_S * HALF_OPEN_A_MINUTE / 60
         limit = gateway.app.settings.max_handshakes
-        assert most <= limit < opened  # so the oldest had to go,
-        await eventually(lambda: metric(gateway, "upgrades_total", status="408") >= opened - limit)  # and were told
-    print(
-        f"honest connects: {len(took)}, p99 {sorted(took)[int(0.99 * len(took))] * 1000:.0f} ms of {opened} half open"
-    )
+        assert most <= limit < half_open  # so the oldest had to go,
+        await eventually(lambda: metric(gateway, "upgrades_total", status="408") >= half_open - limit)  # and were told
+        await eventually(lambda: metric(gateway, "upgrades_total", status="431") == bombs)
+        await eventually(lambda: metric(gateway, "closes_total", reason="rate_limited") == endless)
+    print(f"honest connects: {len(took)}, p99 {sorted(took)[int(0.99 * len(took))] * 1000:.0f} ms; {ended.result()!r}")
     assert len(took) > 50
     assert sorted(took)[int(0.99 * len(took))] < HONEST_P99_S * SCALE, sorted(took)[-5:]
     await eventually(lambda: door.handshakes == 0)
+
+
+async def test_a_full_gateway_is_asked_all_the_time_and_serves_within_a_second_of_a_leave(
+    tmp_path: Path, nats_url: str, database_url: str
+) -> None:
+    async with running_gateway(tmp_path, nats_url, database_url, max_connections=10) as gateway:
+        agents = [(await gateway.join(f"agent-{number}"))[0] for number in range(10)]
+        waits: list[float] = []
+
+        async def ask_until_served() -> float:
+            while True:
+                async with dialled(gateway.app.gateway.port) as (client,):
+                    began = time.monotonic()
+                    await client.send(head())
+                    answer = await client.answer()
+                    if answer.status == 101:
+                        return time.monotonic()
+                    assert (answer.status, int(answer.headers["retry-after"]) > 0) == (503, True)
+                    waits.append(time.monotonic() - began)
+                await asyncio.sleep(0.01)
+
+        asking = [asyncio.create_task(ask_until_served()) for _ in range(20)]
+        await eventually(lambda: len(waits) >= 500)
+        assert not any(task.done() for task in asking)
+        assert sorted(waits)[len(waits) // 2] < 0.1 * SCALE  # at once
+        left = time.monotonic()
+        await agents[0].socket.close()
+        done, _ = await asyncio.wait(asking, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+        assert done
+        assert min(task.result() for task in done) - left < 1.0 * SCALE
+        for task in asking:
+            task.cancel()
+        await asyncio.wait(asking)
+        assert all(agent.socket.close_code is None for agent in agents[1:])
 
 
 # --- frames
@@ -213,6 +282,28 @@ async def test_a_flood_in_one_classroom_is_bounded_and_told_there_and_nowhere_el
         assert metric(gateway, "gaps_total", cause="flood") == len(gaps)
         closes = Counter(reason for reason in reasons.BY_TYPE if metric(gateway, "closes_total", reason=reason))
         assert not closes
+
+
+async def test_a_gateway_that_nats_has_given_up_as_too_slow_tells_a_gap(
+    tmp_path: Path, nats_url: str, database_url: str
+) -> None:
+    """The client keeps no queue that could drop anything: what waits is in the socket, and then at the server."""
+    total = 2_000  # of 100 KB: the server keeps 64 MiB, and the sockets between them take some more
+    unbounded = {"max_backlog_bytes": 1 << 30, "max_room_queue_bytes": 1 << 30}
+    async with running_gateway(tmp_path, nats_url, database_url, **unbounded) as gateway:
+        agent, _ = await gateway.join()
+        nats_port = str(urlsplit(nats_url).port)
+        subject = f"classrooms.{gateway.classroom_id}.chat"
+        # Not awaited: the gateway, on this very loop, reads nothing meanwhile.
+        subprocess.run(
+            [sys.executable, "-c", PUBLISHER, nats_port, subject, str(total)], check=True, timeout=60 * SCALE
+        )
+        await eventually(lambda: metric(gateway, "gaps_total", cause="outage") == 1, seconds=30)
+        await gateway.publish("chat", "last")
+        numbers, gaps = await all_heard(agent, "last")
+        assert gaps == [None]
+        assert numbers == list(range(len(numbers)))
+        assert 0 < len(numbers) < total
 
 
 async def test_lateness_and_delivery_are_in_the_metrics(gateway: Running) -> None:
