@@ -127,9 +127,14 @@ class ServerProcess:
         psutil.wait_procs(family, STOP_TIMEOUT_S * SCALE)
 
     def pause(self) -> None:
-        """SIGSTOP: sockets stay open and nothing answers."""
-        for member in self._family():
+        """SIGSTOP: sockets stay open and nothing answers, not even what came a moment before this returns."""
+        family = self._family()
+        for member in family:
             member.suspend()
+        deadline = time.monotonic() + STOP_TIMEOUT_S * SCALE
+        while not all(has_stopped(member.pid) for member in family):
+            assert time.monotonic() < deadline, "not stopped"
+            time.sleep(POLL_INTERVAL_S)
 
     def resume(self) -> None:
         for member in self._family():
@@ -240,3 +245,15 @@ def remove(server: ServerProcess) -> None:
 def process_is_alive(pid: int) -> bool:
     """Whether this process runs (a zombie does not)."""
     return os.path.exists(f"/proc/{pid}") and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def has_stopped(pid: int) -> bool:
+    """Whether no thread of it runs any more: a signal takes its time to reach those on other processors."""
+    try:
+        threads = psutil.Process(pid).threads()
+        states = [
+            Path(f"/proc/{pid}/task/{thread.id}/stat").read_text().rpartition(")")[2].split()[0] for thread in threads
+        ]
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return not process_is_alive(pid)
+    return all(state in "TtZX" for state in states)

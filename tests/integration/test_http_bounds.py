@@ -201,7 +201,7 @@ for thread in threads:
 print(next(done))
 """
 HAMMER_S = 2.0
-ROUNDS = 4  # a busy machine makes a round look worse than the gateway is, never better
+ROUNDS = 8  # a busy machine makes a round look worse than the gateway is, never better
 LATE_S = 0.05
 
 
