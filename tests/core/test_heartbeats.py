@@ -208,6 +208,26 @@ def test_a_stall_makes_up_for_no_ping(hub: Hub) -> None:
     turn_until(hub, lambda: counters(hub)["pongs_received"] == 2)
 
 
+def test_a_stall_shows_in_the_lateness_of_pings_and_of_every_other_deadline(hub: Hub) -> None:
+    for _ in range(5):
+        peer = Peer(hub)
+        peer.connection.start_heartbeat()  # due within 64 ms
+        peer.connection.set_alarm(5)
+    assert sum(late_by(hub, "ping_lateness_seconds")) == sum(late_by(hub, "deadline_lateness_seconds")) == 0
+    stall(0.3)
+    hub.run_once(0)
+    for name, least_s in (("ping_lateness_seconds", 0.23), ("deadline_lateness_seconds", 0.28)):
+        bounds, counts, total_s = hub.stats()["histograms"][name]
+        assert sum(counts) == 5
+        assert sum(counts[: bounds.index(0.1) + 1]) == 0, name
+        assert 5 * least_s < total_s < 5 * (0.3 + LATE_S), name
+
+
+def late_by(hub: Hub, name: str) -> list[int]:
+    _, counts, _ = hub.stats()["histograms"][name]
+    return list(counts)
+
+
 def test_a_request_that_waits_unread_comes_before_its_deadline(hub: Hub, handler: Handler) -> None:
     peer = Peer(hub)
     peer.connection.set_alarm(5)
