@@ -15,6 +15,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
+from presence.announcements import Announcements
 from presence.authn import Authenticator
 from presence.authz import Authorizer
 from presence.bus import Bus
@@ -78,7 +79,7 @@ class App:
             name=f"presence {settings.replica_label}",
             echo_subject=f"presence.replica.{self.replica_id}.echo",
             on_message=self.fanout.on_message,
-            on_gap=self.fanout.on_gap,
+            on_gap=self._on_gap,
             metrics=metrics,
         )
         stack.push_async_callback(self.bus.close)
@@ -87,7 +88,7 @@ class App:
             settings.database_url,
             self.replica_id,
             settings.replica_label,
-            on_owned=lambda rows: self.sessions.on_owned(rows),  # noqa: PLW0108 - made after the store
+            on_owned=lambda rows: self.announcements.tell_leaves(rows),  # noqa: PLW0108 - made after the store
             ask_owner=self.owners.ask,
             prove=self.bus.prove,
             confirm=self.bus.confirm,
@@ -96,9 +97,8 @@ class App:
             max_queued_closes=max(MAX_QUEUED_CLOSES, settings.max_connections),
         )
         stack.push_async_callback(self.store.close)
-        self.sessions = Sessions(
-            self.store, self.bus, self.fanout, self.owners, self.steps, metrics, subject_prefix=settings.subject_prefix
-        )
+        self.announcements = Announcements(self.store, self.bus, metrics, subject_prefix=settings.subject_prefix)
+        self.sessions = Sessions(self.store, self.bus, self.fanout, self.owners, self.announcements, self.steps)
         self.lives = Lives(
             settings, authenticator, authorizer, self.sessions, self.fanout, metrics, self.steps, random=random.random
         )
@@ -142,6 +142,11 @@ class App:
         self._stack.callback(self._close_hub, loop)
         self.fanout.use(self.hub)
         self.metrics.register_hub(self.hub.stats)
+
+    def _on_gap(self) -> None:
+        self.fanout.on_gap()
+        if self.started:
+            self.sessions.on_bus_back()
 
     async def _serve_others(self, replica_id: UUID) -> None:
         await self.owners.serve(replica_id, self.sessions.release, self.sessions.remove, self.sessions.deliver)

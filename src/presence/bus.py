@@ -8,8 +8,8 @@ it comes back the server has processed all of that, and both directions live. Th
 its PING past the commands that still wait in the client, and it returns at once when the client's read loop has died.
 
 A client lives for one connection. The client's own reconnecting is switched off: it keeps half-sent commands, and a task of
-it that dies is never replaced. What was published and not proven is published again on the next connection, with the same
-Nats-Msg-Id.
+it that dies is never replaced. What was published goes with its connection: whoever has it not confirmed knows whether it is
+still true, and publishes it again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ log = get("bus")
 OnMessage = Callable[[str, bytes, Mapping[str, str] | None], None]
 OnGap = Callable[[], None]
 Answer = Callable[[bytes], Awaitable[bytes]]
-Outgoing = tuple[str, bytes, dict[str, str], bool]
+Outgoing = tuple[str, bytes, dict[str, str]]
 
 CONNECT_TIMEOUT_S: Final = 3.0
 CONFIRM_TIMEOUT_S: Final = 3.0
@@ -49,7 +49,7 @@ MAX_BACKOFF_S: Final = 2.0
 PING_INTERVAL_S: Final = 5
 CLOSE_TIMEOUT_S: Final = 2.0
 PROOF_LASTS_S: Final = 0.05
-MAX_OUTGOING: Final = 65_536  # messages that wait while NATS is away
+MAX_OUTGOING: Final = 65_536  # messages that wait for the ones before them to be sent
 
 
 class Inbox:
@@ -92,20 +92,19 @@ class Topic:
 
 
 class Round:
-    """What one echo is the proof of: those who wait for it, and the messages that went before it."""
+    """What one echo is the proof of, for those who wait for it."""
 
-    __slots__ = ("late", "messages", "number", "started", "waiters")
+    __slots__ = ("late", "number", "started", "waiters")
 
     def __init__(self, number: int, waiters: list[asyncio.Future[None]]) -> None:
         self.number = number
         self.waiters = waiters
         self.late: asyncio.TimerHandle | None = None
-        self.messages: list[Outgoing] = []
         self.started = time.perf_counter()
 
     def settle(self, error: Exception | None = None) -> None:
         if self.late is not None:
-            self.late.cancel()  # left to run out, it would keep all that was published for as long
+            self.late.cancel()
         waiters, self.waiters = self.waiters, []
         for waiter in waiters:
             if waiter.done():
@@ -139,6 +138,7 @@ class Bus:
         self._lost = asyncio.Event()
         self._topics: dict[UUID, Topic] = {}
         self._services: dict[str, Answer] = {}
+        self._served: dict[str, Subscription] = {}  # of this connection
         self._outgoing: deque[Outgoing] = deque()
         self._waiters: list[asyncio.Future[None]] = []
         self._round: Round | None = None
@@ -221,12 +221,15 @@ class Bus:
     def stop_serving(self, subject: str) -> None:
         """Nobody asks there any more."""
         self._services.pop(subject, None)
+        remote = self._served.pop(subject, None)
+        if remote is not None:
+            self._spawn(self._unsubscribe(remote))
 
     async def _serve(self, client: Client, subject: str, answer: Answer) -> None:
         def on_request(message: Msg) -> None:
             self._spawn(self._answer(message, answer))
 
-        await client.subscribe(subject, future=_inbox(on_request))
+        self._served[subject] = await client.subscribe(subject, future=_inbox(on_request))
 
     async def _answer(self, message: Msg, answer: Answer) -> None:
         try:
@@ -248,18 +251,17 @@ class Bus:
 
     # --- publishing
 
-    def publish(self, subject: str, payload: bytes, headers: dict[str, str], *, is_kept: bool = True) -> None:
-        """Send it behind all that was published before. Never blocks.
+    def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
+        """Send it behind all that was published before; raises Unavailable while NATS is away, or slow. Never blocks.
 
-        It is kept while NATS is away, unless it is said not to: then it goes with the connection, and `confirm` tells.
+        Should the connection break it may be lost: `confirm` tells.
         """
-        if self._client is None and not is_kept:
-            return
+        if self._client is None:
+            raise Unavailable("NATS is away")
         if len(self._outgoing) >= MAX_OUTGOING:
-            self._outgoing.popleft()
-            self._metrics.bus_dropped.inc()
-            log.error("publish_dropped", limited=True, waiting=len(self._outgoing))
-        self._outgoing.append((subject, payload, headers, is_kept))
+            log.error("publish_refused", limited=True, waiting=len(self._outgoing))
+            raise Unavailable("NATS is too slow")
+        self._outgoing.append((subject, payload, headers))
         self._kick()
 
     async def confirm(self) -> None:
@@ -303,10 +305,8 @@ class Bus:
             # As many as there are now: the rest may come as fast as they are sent.
             for _ in range(len(self._outgoing)):
                 if current is not self._round:
-                    return  # the connection is over: what is left goes out on the next
-                message = self._outgoing.popleft()
-                current.messages.append(message)
-                await self._send_one(client, *message[:3])
+                    return  # the connection is over
+                await self._send_one(client, *self._outgoing.popleft())
             if not self._outgoing:  # whoever came meanwhile has nothing behind the echo: it is their proof too
                 current.waiters += self._waiters
                 self._waiters = []
@@ -420,22 +420,21 @@ class Bus:
                 continue
             self._lost.clear()
             self._client = client
-        log.info("nats_back", outgoing=len(self._outgoing))
+        log.info("nats_back")
         self._metrics.bus_reconnects.inc()
         self._owes_gap = True
         self._start_round()
 
     async def _drop_client(self) -> None:
-        """This connection is over: who waits is refused, what was not proven goes out again on the next."""
+        """This connection is over, with all that was not proven: who waits is refused."""
         client, self._client = self._client, None
         self._lost.set()
         self._was_deaf = True
         self._proven_at = -PROOF_LASTS_S
         current, self._round = self._round, None
+        self._outgoing.clear()
         if current is not None:
-            self._outgoing.extendleft(reversed(current.messages))
             current.settle(Unavailable("NATS is away"))
-        self._outgoing = deque(message for message in self._outgoing if message[3])
         self._fail_waiters()
         if client is not None:
             if self._keeping is not None:
@@ -455,9 +454,8 @@ class Bus:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self.confirm()
         except (Unavailable, TimeoutError) as error:
-            unproven = len(self._outgoing) + (len(self._round.messages) if self._round else 0)
-            if unproven:
-                log.error("publishes_lost", count=unproven, error=repr(error))
+            if self._outgoing:
+                log.error("publishes_lost", count=len(self._outgoing), error=repr(error))
         if self._keeping is not None:
             self._keeping.cancel()
             await asyncio.wait([self._keeping])

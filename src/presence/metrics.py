@@ -101,6 +101,7 @@ class Metrics:
         self.bus_subscriptions = self._gauge("bus_subscriptions", "Classrooms subscribed to")
         self.bus_outgoing = self._gauge("bus_outgoing", "Messages that wait to be published")
         self.bus_dropped = self._counter("bus_dropped", "Messages that could not be published, nor kept any longer")
+        self.enters_unproven = self._gauge("enters_unproven", "Enters that are told again when NATS is back")
         self.bus_reconnects = self._counter("bus_reconnects", "Reconnects to NATS")
         self.bus_errors = self._counter("bus_errors", "Errors of the NATS client, by kind", "kind")
         self.bus_flush_seconds = self._histogram("bus_flush_seconds", "Publishing what waits, until the echo proves it")

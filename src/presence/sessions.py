@@ -16,21 +16,22 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
-from presence import protocol, reasons
+from presence import reasons
+from presence.announcements import Enter
 from presence.errors import SessionError, Unavailable
 from presence.log import get
 from presence.replicas import Released
 from presence_core.hub import Room
 
 if TYPE_CHECKING:
+    from presence.announcements import Announcements
     from presence.bus import Bus
     from presence.connection import Agent
     from presence.fanout import Fanout
-    from presence.metrics import Metrics
     from presence.reasons import Reason
     from presence.replicas import Owners
     from presence.steps import Steps
-    from presence.store import ClosedSession, OpenedSession, SessionRow, Store
+    from presence.store import OpenedSession, SessionRow, Store
 
 log = get("sessions")
 
@@ -102,18 +103,15 @@ class Sessions:
         bus: Bus,
         fanout: Fanout,
         owners: Owners,
+        announcements: Announcements,
         steps: Steps,
-        metrics: Metrics,
-        *,
-        subject_prefix: str,
     ) -> None:
         self._store = store
         self._bus = bus
         self._fanout = fanout
         self._owners = owners
+        self._announcements = announcements
         self._steps = steps
-        self._metrics = metrics
-        self._subject_prefix = subject_prefix
         self._turns = Turns()
         self._end: Callable[[Agent, Reason], None]
         self._parked: dict[int, Parked] = {}
@@ -193,11 +191,13 @@ class Sessions:
         session_id = session.session_id
         await self._bus.subscribe(agent.classroom_id)
         try:
-            if not silent:
-                enter = protocol.encode_agent_enter(agent.agent_id, session_id, session.started_at)
-                self._publish("agent.enter", agent.classroom_id, agent.agent_id, session_id, enter)
-                self._unannounced.discard(session_id)
-            await self._bus.confirm()  # NATS works in order: the subscription is active, and enter came after it
+            # NATS works in order: when this is confirmed the subscription is active, and enter came after it.
+            if silent:
+                await self._bus.confirm()
+            else:
+                self._unannounced.discard(session_id)  # from here on somebody may have heard of it
+                enter = Enter(agent.classroom_id, agent.agent_id, session_id, session.started_at)
+                await self._announcements.tell_enter(enter)
             room = self._fanout.enter(agent.classroom_id, agent)
             held = b"" if session.delivering is None else await self._hand_over(agent, session.delivering)
             if not welcome(agent, session_id, room, held):
@@ -297,16 +297,29 @@ class Sessions:
                 self._forget(agent)
                 return
             agent.session_id = session.session_id
-            if session.outcome == "created":  # whoever swept us has told the others that it left
-                enter = protocol.encode_agent_enter(agent.agent_id, session.session_id, session.started_at)
-                self._publish("agent.enter", agent.classroom_id, agent.agent_id, session.session_id, enter)
         except SessionError as error:
             self._end(agent, error.reason)
+            return
         finally:
             self._turns.give(key)
+        if session.outcome == "created":  # whoever swept us has told the others that it left
+            with suppress(Unavailable):  # then it is told when NATS is back
+                await self._announcements.tell_enter(Enter(*key, session.session_id, session.started_at))
+
+    def on_bus_back(self) -> None:
+        """The connection to NATS is a new one, and proven."""
+        if self._announcements.unproven:
+            self._steps.spawn(self._tell_again())
+
+    async def _tell_again(self) -> None:
+        try:
+            await self._announcements.tell_again()
+        except Unavailable as error:
+            log.warning("enters_not_told", limited=True, error=error.title)  # `reconcile` does it
 
     async def reconcile(self) -> None:
-        """Compare the rows with the agents: after a time in which others may have asked in vain."""
+        """Compare the rows with the agents, and tell what was not heard: after a time in which others may have asked in vain."""
+        await self._announcements.tell_again()
         here = {agent.session_id: agent for agent in self._fanout.agents()}
         owned: dict[int, SessionRow] = {}
         last_id = 0
@@ -377,17 +390,3 @@ class Sessions:
                 await self._store.close_session(agent.session_id, reason.type, datetime.now(UTC))
         finally:
             self._turns.give(key)
-
-    def on_owned(self, rows: Sequence[ClosedSession]) -> None:
-        """Rows that are this replica's to close, locked and not yet moved: now the others are told."""
-        for row in rows:
-            leave = protocol.encode_agent_leave(row.agent_id, row.session_id, row.ended_at)
-            # Not sent again by the bus: the close is tried again, and by then the row may be another replica's.
-            self._publish("agent.leave", row.classroom_id, row.agent_id, row.session_id, leave, is_kept=False)
-
-    def _publish(
-        self, kind: str, classroom_id: UUID, agent_id: str, session_id: int, payload: bytes, *, is_kept: bool = True
-    ) -> None:
-        headers = {"Sender-Agent-Id": agent_id, "Nats-Msg-Id": f"{session_id}.{kind}"}
-        self._bus.publish(f"{self._subject_prefix}.{classroom_id}.agent", payload, headers, is_kept=is_kept)
-        self._metrics.events_out.labels(kind).inc()

@@ -23,7 +23,7 @@ LAYERS = [
     ["gateway", "http_api"],
     ["connection"],
     ["sessions"],
-    ["fanout", "replicas"],
+    ["fanout", "replicas", "announcements"],
     ["authn", "authz", "store", "bus"],
     ["keyset", "outbound", "steps"],
     ["protocol", "config", "setting_types", "metrics", "identity", "log", "errors", "reasons", "outage"],

@@ -231,10 +231,14 @@ class Closings:
     async def _confirm_told(self, part: list[Close]) -> None:
         try:
             await within_proof(self._confirm)
-        except TryAgain:
-            for close in part:  # what was told may not have left: it is told again, if the row is still ours then
-                close.was_told = False
-            raise
+        except TryAgain as error:
+            raise self._untold(part) from error
+
+    def _untold(self, part: list[Close]) -> TryAgain:
+        """What was told may not have left: it is told again, if the row is still ours then."""
+        for close in part:
+            close.was_told = False
+        return TryAgain("The others cannot be told")
 
     def _tell(self, part: list[Close], rows: list[asyncpg.Record]) -> None:
         by_id = {close.key: close for close in part}
@@ -249,6 +253,8 @@ class Closings:
         if told:
             try:
                 self._on_owned(told)
+            except Unavailable as error:
+                raise self._untold(part) from error
             except Exception as error:
                 # The rows are true all the same: a fault over there must not keep them from history.
                 log.exception("on_owned_failed", limited=True, error=repr(error))

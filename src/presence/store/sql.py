@@ -150,6 +150,20 @@ NEXT_EXPIRY: Final = """
 SELECT extract(epoch FROM min(heartbeat_at) + make_interval(secs => $2) - now())::float8 FROM replica WHERE id <> $1
 """
 
+# Whose session goes on, itself or in those that replaced it in silence? None of them ends while these locks are held. The
+# time is for the index: clocks differ by less than a minute, ids say what came later.
+HOLD: Final = """
+SELECT w.id
+FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::timestamptz[]) AS w (id, classroom_id, agent_id, started_at)
+JOIN agent_session s ON s.classroom_id = w.classroom_id AND s.agent_id = w.agent_id AND s.id >= w.id
+WHERE NOT EXISTS (
+    SELECT FROM agent_session_history h
+    WHERE h.classroom_id = w.classroom_id AND lower(h.lifetime) > w.started_at - interval '1 minute'
+        AND h.id >= w.id AND h.agent_id = w.agent_id AND h.reason <> $5
+)
+ORDER BY s.id FOR SHARE OF s
+"""
+
 OWNED: Final = """
 SELECT id, agent_id, classroom_id, replica_id, started_at FROM agent_session
 WHERE replica_id = $1 AND id > $2

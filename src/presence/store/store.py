@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final, Self
+from typing import Final, Protocol, Self
 from uuid import UUID
 
 import asyncpg
@@ -18,7 +18,7 @@ import asyncpg
 from presence.errors import StartError, Unavailable
 from presence.log import get
 from presence.metrics import Metrics
-from presence.reasons import REPLICA_LOST
+from presence.reasons import REPLACED, REPLICA_LOST
 from presence.store import sql
 from presence.store.closing import ClosedSession, Closings, OnOwned, Proof, within_proof
 from presence.store.database import Away, BadRow, Database, Lane, TryAgain
@@ -33,6 +33,7 @@ MAX_LISTED: Final = 1_000
 CLOSE_FLUSH_TIMEOUT_S: Final = 2.0
 SWEEP_TIMEOUT_S: Final = 10.0
 TOLD_PER_TURN: Final = 100
+TOLD_PER_PROOF: Final = 10_000  # what waits for NATS is bounded
 
 
 async def at_once() -> None:
@@ -48,6 +49,19 @@ class SessionRow:
     classroom_id: UUID
     replica_id: UUID
     started_at: datetime
+
+
+class Announced(Protocol):
+    """A session whose agent.enter others may have heard."""
+
+    @property
+    def session_id(self) -> int: ...
+    @property
+    def classroom_id(self) -> UUID: ...
+    @property
+    def agent_id(self) -> str: ...
+    @property
+    def at(self) -> datetime: ...
 
 
 class Store:
@@ -171,6 +185,28 @@ class Store:
         rows = await self._read(self._read_lane, sql.COUNT_AGENTS, list(classroom_ids))
         return dict.fromkeys(classroom_ids, 0) | {row[0]: row[1] for row in rows}
 
+    async def while_in(self, sessions: Sequence[Announced], tell: Callable[[set[int]], None]) -> None:
+        """Call `tell` with the ids of those that go on, and return when the others have heard it.
+
+        A session goes on, under another id, when it was taken over in silence. None of these ends before that.
+        """
+        columns = (
+            [each.session_id for each in sessions],
+            [each.classroom_id for each in sessions],
+            [each.agent_id for each in sessions],
+            [each.at for each in sessions],
+        )
+        try:
+            async with self._sweep_lane.session() as connection:
+                await connection.execute(sql.BEGIN_CLOSE)
+                rows = await connection.fetch(sql.HOLD, *columns, REPLACED.type)
+                tell({row[0] for row in rows})
+                if rows:
+                    await within_proof(self._confirm)
+                await connection.execute("COMMIT")
+        except (Away, TryAgain) as error:
+            raise self._unavailable(error) from error
+
     # --- the replica
 
     async def heartbeat(self) -> bool:
@@ -214,13 +250,13 @@ class Store:
                 for start in range(0, len(rows), TOLD_PER_TURN):
                     self._on_owned([_swept(row) for row in rows[start : start + TOLD_PER_TURN]])
                     await asyncio.sleep(0)  # thousands of leaves must not make a ping late
+                    if start % TOLD_PER_PROOF == TOLD_PER_PROOF - TOLD_PER_TURN:
+                        await within_proof(self._confirm)
                 if rows:
                     await within_proof(self._confirm)
                 await connection.execute("COMMIT")
         except (Away, TryAgain) as error:
-            if isinstance(error, Away):
-                self._database.report_away(error)
-            raise Unavailable("Nothing can be swept now") from error
+            raise self._unavailable(error) from error
         return None if dead is None else (dead, len(rows))
 
     async def owned(self, after_id: int = 0, limit: int = MAX_LISTED) -> list[SessionRow]:
@@ -274,9 +310,12 @@ class Store:
                     raise
                 return await lane.fetch(statement, *arguments)
         except (Away, TryAgain) as error:
-            if isinstance(error, Away):
-                self._database.report_away(error)
-            raise Unavailable("The database is away") from error
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: Away | TryAgain) -> Unavailable:
+        if isinstance(error, Away):
+            self._database.report_away(error)
+        return Unavailable("This cannot be done now")
 
 
 def _swept(row: asyncpg.Record) -> ClosedSession:
