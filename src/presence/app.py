@@ -216,6 +216,7 @@ async def serve(settings: Settings, *, ready: Callable[[App], None] | None = Non
 
 
 async def _end(app: App) -> bool:
-    written = await app.drain()
-    await app.stop()
-    return written
+    try:
+        return await app.drain()
+    finally:
+        await app.stop()

@@ -385,7 +385,14 @@ class Bus:
         except BaseException:
             await _close(client)
             raise
+        if client._reading_task is not None:  # a message that its parser cannot take ends it, in silence
+            client._reading_task.add_done_callback(lambda _: self._on_reading_ended(client))
         return client
+
+    def _on_reading_ended(self, client: Client) -> None:
+        if client is self._client:
+            log.error("nats_reading_ended", limited=True)
+            self._spawn(self._drop_client())
 
     async def _keep(self) -> None:
         """Prove the connection while it lives, replace it when it does not."""

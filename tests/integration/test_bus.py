@@ -204,7 +204,17 @@ async def test_a_server_that_stands_still_is_away_until_it_answers(own_nats: Nat
         assert heard.gaps == 0  # the connection has held, nothing was lost
 
 
-async def test_a_client_whose_read_loop_has_died_is_replaced(
+async def stuck(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client reads nothing any more, without a sign of it."""
+    assert bus._client is not None
+
+    async def wait(data: bytes) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(bus._client._ps, "parse", wait)
+
+
+async def test_a_client_that_reads_nothing_any_more_is_replaced(
     own_nats: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bus_module, "WATCH_INTERVAL_S", 0.05)
@@ -212,18 +222,41 @@ async def test_a_client_whose_read_loop_has_died_is_replaced(
     async with running_bus(own_nats.url) as (bus, heard, _):
         await bus.subscribe(ROOM)
         await within(bus.confirm())
-        assert bus._client is not None
-        dead = bus._client
-
-        async def fail(data: bytes) -> None:
-            raise RuntimeError("a fault in the parser")
-
-        monkeypatch.setattr(dead._ps, "parse", fail)
-        await eventually(lambda: bus._client not in (dead, None))
+        await stuck(bus, monkeypatch)
+        await eventually(lambda: heard.gaps == 1)
         bus.publish(f"classrooms.{ROOM}.chat", b"alive", {})
         await within(bus.confirm())
-        await eventually(lambda: heard.messages)
-        assert heard.gaps == 1
+        assert [data for _, data in heard.messages] == [b"alive"]
+
+
+@pytest.mark.realtime
+async def test_it_takes_15_seconds_at_the_most(nats_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_bus(nats_url) as (bus, heard, _):
+        await within(bus.confirm())
+        started = asyncio.get_running_loop().time()
+        await stuck(bus, monkeypatch)
+        await eventually(lambda: heard.gaps == 1, 20)
+        assert asyncio.get_running_loop().time() - started <= 15 * SCALE
+
+
+@pytest.mark.parametrize("header", [b"NATS/1.0", b"NATS/1.0 \xff\xff\xff\r\n\r\n"], ids=["short", "not UTF-8"])
+async def test_a_message_that_ends_the_clients_reading_costs_a_reconnect(own_nats: NatsServer, header: bytes) -> None:
+    async with running_bus(own_nats.url) as (bus, heard, _):
+        await bus.subscribe(ROOM)
+        await within(bus.confirm())
+        reader, writer = await asyncio.open_connection("127.0.0.1", own_nats.port)
+        subject = f"classrooms.{ROOM}.chat".encode()
+        writer.write(b'CONNECT {"verbose":false,"headers":true}\r\n')
+        writer.write(b"HPUB %b %d %d\r\n%b{}\r\nPING\r\n" % (subject, len(header), len(header) + 2, header))
+        while await within(reader.readline()) != b"PONG\r\n":
+            pass
+        started = asyncio.get_running_loop().time()
+        await eventually(lambda: heard.gaps == 1)
+        assert asyncio.get_running_loop().time() - started < bus_module.WATCH_INTERVAL_S * SCALE
+        bus.publish(f"classrooms.{ROOM}.chat", b"alive", {})
+        await within(bus.confirm())
+        assert [data for _, data in heard.messages] == [b"alive"]
+        writer.close()
 
 
 async def test_what_waits_for_a_slow_server_is_bounded(own_nats: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +284,7 @@ async def test_a_service_that_has_ended_leaves_no_subscription(nats_url: str) ->
             await within(bus.confirm())
             assert await bus.request(subject, b"here", 1.0) == b"here"
             bus.stop_serving(subject)
+            await within(bus.confirm())
             with pytest.raises(Unavailable):
                 await bus.request(subject, b"gone", 1.0)
         assert len(bus._client._subs) == 2  # its echo, and the client's own inbox

@@ -13,6 +13,7 @@ import pytest
 from running import Overheard, Running, running_gateway
 from websockets.exceptions import InvalidStatus
 
+from presence import app as app_module
 from proxy import Proxy
 from servers import PostgresDatabase
 from waiting import SCALE, eventually, within
@@ -105,6 +106,22 @@ async def test_nobody_new_comes_in(gateway: Running) -> None:
     assert await early.ended() == 1012
     assert await within(draining)
     assert [row["agent_id"] for row in await gateway.history()] == ["web.alice.presence"]
+
+
+async def test_a_drain_that_fails_still_stops_everything(tmp_path: Path, nats_url: str, database_url: str) -> None:
+    async with running_gateway(tmp_path, nats_url, database_url) as gateway:
+        agent, _ = await gateway.join()
+
+        async def fail() -> bool:
+            raise RuntimeError("a fault in the drain")
+
+        gateway.app.drain = fail  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="a fault in the drain"):
+            await within(app_module._end(gateway.app), 10)
+        assert await agent.ended() in (1006, 1012)
+        with pytest.raises(OSError):
+            await gateway.dial()
+        assert not gateway.app.bus.connected
 
 
 async def test_it_ends_when_the_last_one_has_gone(tmp_path: Path, nats_url: str, database_url: str) -> None:
