@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 
@@ -43,6 +44,20 @@ def agent_line(samples: list[dict[str, Any]], start_ns: int) -> list[list[float]
         spent_s = sum(own["cpu_s"] - old[number]["cpu_s"] for number, own in alive.items() if old.get(number))
         line.append([round(at_ns / 1e9, 2), round(rss), round(spent_s / took_s / sample["connected"] * 1e6, 1)])
     return line
+
+
+def waits_of(samples: list[dict[str, Any]]) -> dict[str, str]:
+    """How much of a second each replica was ready to run and had no core: what is late for that is the machine's doing."""
+    shares: dict[int, list[float]] = {}
+    for before, sample in pairwise(samples):
+        took_s = (sample["at_ns"] - before["at_ns"]) / 1e9
+        for number, (old, own) in enumerate(zip(before["replicas"], sample["replicas"], strict=False)):
+            if old is not None and own is not None:
+                shares.setdefault(number, []).append((own["waited_s"] - old["waited_s"]) / took_s)
+    return {
+        f"replica {number}: ready to run, without a core": f"{fmean(own):.1%} of the time, {max(own):.0%} of the worst second"
+        for number, own in shares.items()
+    }
 
 
 def cost_of(samples: list[dict[str, Any]]) -> dict[str, str]:

@@ -80,6 +80,7 @@ class Figures:
         self.by_group = {name: [Histogram() for _ in range(GROUPS)] for name in BY_GROUP}
         self.plain = {name: Histogram() for name in PLAIN}
         self.counters: Counter[str] = Counter()
+        self.missing = [0] * GROUPS  # by group, and in the counters all together
         self.closes: Counter[tuple[int, str]] = Counter()
         self.terminated_last_ns = 0
         self.connected_last_ns = 0
@@ -92,6 +93,7 @@ class Figures:
         for name in PLAIN:
             self.plain[name].add(report[name])
         self.counters.update(report["counters"])
+        self.missing = [own + more for own, more in zip(self.missing, report["missing_by_group"], strict=True)]
         for code, error, count in report["closes"]:
             self.closes[code, error] += count
         self.terminated_last_ns = max(self.terminated_last_ns, report["terminated_last_ns"])

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from loadtest.costs import agent_line, cost_of, replica_lines
+from loadtest.costs import agent_line, cost_of, replica_lines, waits_of
 from loadtest.lines import ROOT
 from loadtest.running import Run
 from loadtest.verdicts import Judge
@@ -34,7 +34,7 @@ def result_of(scenario: str, command: str, began: float, run: Run, judge: Judge,
         "counts": not doubts,
         "doubts": doubts,
         "verdicts": [verdict.as_json() for verdict in judge.verdicts],
-        "facts": run.facts | cost_of(record.samples) | losses_of(run),
+        "facts": run.facts | cost_of(record.samples) | waits_of(record.samples) | losses_of(run),
         "total": record.total.as_json(run.titles),
         "windows": {name: figures.as_json(run.titles) for name, figures in record.windows.items()},
         "locust": {f"{e.method} {e.name}": e.num_requests for e in run.environment.stats.entries.values()},

@@ -250,6 +250,20 @@ class Run:
             time.sleep(POLL_S)
         return time.monotonic() - began
 
+    def wait_ended(self, replica: int, timeout_s: float) -> dict[str, int]:
+        """A replica's exit status, and when its process was gone (CLOCK_MONOTONIC, ns). Raises Failed when it goes on."""
+        if self.wait_for(lambda: self.stand.ask("ended", replica=replica) is not None, timeout_s) is None:
+            raise Failed(f"replica {replica} has not ended within {timeout_s:.0f} s")
+        end: dict[str, int] = self.stand.ask("ended", replica=replica)
+        return end
+
+    def wait_swept(self, replica: int, timeout_s: float) -> float | None:
+        """Seconds from the last heartbeat of a dead replica until nothing was left of it in the database; None: something is."""
+        self.stand.ask("watch_sweep", replica=replica)
+        self.wait_for(lambda: self.stand.ask("swept") is not None, timeout_s)
+        after_heartbeat_s: float | None = self.stand.ask("swept")
+        return after_heartbeat_s
+
     def connected(self) -> int:
         return sum(shard.ask("gauges")["connected"] for shard in self.shards)
 

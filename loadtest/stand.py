@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,13 @@ class Replica:
         return status, time.monotonic_ns()
 
     def sample(self) -> dict[str, float] | None:
-        """Resident bytes and CPU seconds; None when it has ended."""
+        """Resident bytes, CPU seconds, and seconds in which it was ready but had no core; None when it has ended."""
         try:
             process = psutil.Process(self.process.pid)
             times = process.cpu_times()
-            return {"rss": _rss_bytes(self.process.pid), "cpu_s": times.user + times.system}
+            waited_ns = int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[1])
+            spent_s = times.user + times.system
+            return {"rss": _rss_bytes(self.process.pid), "cpu_s": spent_s, "waited_s": waited_ns / 1e9}
         except (psutil.Error, OSError):
             return None
 
@@ -115,6 +118,7 @@ class Stand:
         self.embedded = Embedded(folder)
         self.settings = settings
         self.replicas: list[Replica] = []
+        self.sweep: asyncio.Future[float]
 
     async def open(self) -> None:
         await self.embedded.__aenter__()
@@ -155,10 +159,9 @@ class Stand:
         self.replicas[replica].process.send_signal(number)
         return {"at_ns": at_ns}
 
-    async def do_ended(self, replica: int, wait_s: float) -> dict[str, int]:
-        async with asyncio.timeout(wait_s):
-            status, at_ns = await asyncio.shield(self.replicas[replica].ended_ns)
-        return {"status": status, "at_ns": at_ns}
+    async def do_ended(self, replica: int) -> dict[str, int] | None:
+        ended_ns = self.replicas[replica].ended_ns
+        return dict(zip(("status", "at_ns"), ended_ns.result(), strict=True)) if ended_ns.done() else None
 
     async def do_ready(self, replica: int) -> bool:
         port = self.replicas[replica].http_port
@@ -175,18 +178,24 @@ class Stand:
         """Enters and leaves on NATS since the last time, by the agents' name."""
         return await self.witness.take()
 
-    async def do_swept(self, replica: int, wait_s: float) -> dict[str, float]:
-        """Waits until nothing is left of a dead replica; seconds from its last heartbeat to that, by the database's clock."""
-        label = f"load-{replica}"
+    async def do_watch_sweep(self, replica: int) -> None:
+        self.sweep = asyncio.ensure_future(self._watch_sweep(f"load-{replica}"))
+
+    async def do_swept(self) -> float | None:
+        """None while the dead replica that is being watched has not been swept."""
+        return self.sweep.result() if self.sweep.done() else None
+
+    async def _watch_sweep(self, label: str) -> float:
+        """Seconds from a dead replica's last heartbeat until nothing is left of it, by the database's clock."""
         database = await asyncpg.connect(self.embedded.database_url)
         try:
             dead = await database.fetchrow("SELECT id, heartbeat_at FROM replica WHERE label = $1", label)
-            async with asyncio.timeout(wait_s):
-                while (row := await database.fetchrow(REMAINS, dead["id"]))[0]:  # noqa: ASYNC110 - nobody tells
-                    await asyncio.sleep(SWEPT_POLL_S)
+            while (row := await database.fetchrow(REMAINS, dead["id"]))[0]:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(SWEPT_POLL_S)
         finally:
             await database.close(timeout=5)
-        return {"after_heartbeat_s": (row[1] - dead["heartbeat_at"]).total_seconds()}
+        passed: timedelta = row[1] - dead["heartbeat_at"]
+        return passed.total_seconds()
 
     async def do_rows(self) -> dict[str, Any]:
         """What the database says: sessions by replica, history by reason, replicas."""

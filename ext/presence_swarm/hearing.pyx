@@ -85,7 +85,7 @@ cdef void come_back(swarm *s, link *line, uint64_t at_ns) noexcept nogil:
     durations_add(&s.now.outage, offline_ns)
     durations_add(&s.now.overdue, offline_ns - delay_ns if offline_ns > delay_ns else 0)
     if a.lost_ns < line.began_ns:
-        s.now.missing += pending_numbers(a)
+        s.now.missing[a.group] += pending_numbers(a)
         if a.highest:
             a.heard_highest = a.highest
         a.heard_until_ns = a.lost_ns - CROSSING_MS * NS_PER_MS
@@ -124,11 +124,11 @@ cdef void on_number(swarm *s, agent *a, const event_stamp *stamp) noexcept nogil
     """Keep the last 64 numbers of the stream: two connections may deliver it side by side."""
     cdef uint64_t back, number = stamp.number
     if a.highest == 0:
-        s.now.missing += missed_before(a, stamp)
+        s.now.missing[a.group] += missed_before(a, stamp)
         a.highest = number
         a.window = ~<uint64_t> 0
     elif number > a.highest:
-        s.now.missing += fallen_out(a.window, number - a.highest)
+        s.now.missing[a.group] += fallen_out(a.window, number - a.highest)
         a.window = a.window << (number - a.highest) if number - a.highest < 64 else 0
         a.highest = number
         a.window |= 1

@@ -95,7 +95,7 @@ cdef struct figures:  # since they were last taken
     uint64_t bytes
     uint64_t events               # with a publisher's stamp
     uint64_t other_events         # agent.enter, agent.leave
-    uint64_t missing              # numbers that never came, within one session
+    uint64_t missing[GROUPS]      # numbers that never came although the agent had a connection
     uint64_t repeats
     uint64_t gaps                 # gap messages
     uint64_t pings

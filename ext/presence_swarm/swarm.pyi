@@ -54,8 +54,8 @@ class Swarm:
         """Stamped events that this agent has received."""
 
     def gauges(self) -> dict[str, int]:
-        """How many agents and links are in which state now. `pending`: numbers that were skipped and may still come;
-        `errno`: of the last socket that failed."""
+        """How many agents and links are in which state now. `pending`: numbers that were skipped and may still come,
+        `pending_0` and on: by group; `errno`: of the last socket that failed."""
 
     def take(self) -> dict[str, Any]:
         """What was recorded since the last call: histograms (`Durations`, some a list by group), counters, closes."""

@@ -234,11 +234,14 @@ cdef class Swarm:
 
     def gauges(self):
         cdef unsigned int i, done = 0
-        cdef uint64_t pending = 0
+        cdef int group
+        cdef uint64_t[GROUPS] pending
+        memset(pending, 0, sizeof(pending))
         for i in range(self.s.agent_count):
             done += self.s.agents[i].is_done
-            pending += pending_numbers(&self.s.agents[i])
+            pending[self.s.agents[i].group] += pending_numbers(&self.s.agents[i])
         return {
+            **{f"pending_{group}": pending[group] for group in range(GROUPS)},
             "agents": self.s.agent_count,
             "connected": self.s.connected_agents,
             "dialling": self.s.in_state[LINK_DIALLING],
@@ -247,7 +250,7 @@ cdef class Swarm:
             "leaving": self.s.in_state[LINK_LEAVING],
             "links": self.s.agent_count * 2 - self.s.in_state[LINK_CLOSED],
             "done": done,
-            "pending": pending,
+            "pending": sum([pending[group] for group in range(GROUPS)]),
             "errno": self.s.errno_seen,
         }
 
@@ -264,6 +267,7 @@ cdef class Swarm:
             "farewell": read_durations(&self.s.now.farewell),
             "lag": read_durations(&self.s.now.lag),
             "stall": read_durations(&self.s.now.stall),
+            "missing_by_group": [self.s.now.missing[i] for i in range(GROUPS)],
             "counters": self.counters(),
             "terminated_first_ns": self.s.now.terminated_first_ns,
             "terminated_last_ns": self.s.now.terminated_last_ns,
@@ -277,6 +281,7 @@ cdef class Swarm:
         return taken
 
     cdef dict counters(self):
+        cdef int group
         return {
             "attempts": self.s.now.attempts,
             "refusals": self.s.now.refusals,
@@ -286,7 +291,7 @@ cdef class Swarm:
             "bytes": self.s.now.bytes,
             "events": self.s.now.events,
             "other_events": self.s.now.other_events,
-            "missing": self.s.now.missing,
+            "missing": sum([self.s.now.missing[group] for group in range(GROUPS)]),
             "repeats": self.s.now.repeats,
             "gaps": self.s.now.gaps,
             "pings": self.s.now.pings,

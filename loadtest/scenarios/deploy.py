@@ -66,7 +66,7 @@ def roll(run: Run, judge: Judge, replica: int) -> None:
     run.say(f"replica {replica} with {sessions:,} agents ends")
     window = run.record.open_window(f"drain of replica {replica}")
     at_ns = run.signal(replica, signal.SIGTERM)
-    end = run.stand.ask("ended", replica=replica, wait_s=run.timing.drain_timeout_s + 30)
+    end = run.wait_ended(replica, run.timing.drain_timeout_s + 30)
     run.wait_connected(run.agents, 30)
     run.settle()
     run.record.close_window(f"drain of replica {replica}")

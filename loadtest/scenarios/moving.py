@@ -17,7 +17,7 @@ def play(run: Run, judge: Judge) -> None:
     run.say(f"replica {FIRST} with {run.agents:,} agents ends")
     window = run.record.open_window("the move")
     at_ns = run.signal(FIRST, signal.SIGTERM)
-    end = run.stand.ask("ended", replica=FIRST, wait_s=run.timing.drain_timeout_s + 60)
+    end = run.wait_ended(FIRST, run.timing.drain_timeout_s + 60)
     run.wait_connected(pair.everyone, 30)
     run.rest(5)
     run.settle()

@@ -47,3 +47,9 @@ def nothing_missing(run: Run, judge: Judge) -> None:
     counters = run.record.total.counters
     judge.equal("numbered events missing", counters["missing"] + run.record.gauge("pending"), 0)
     judge.equal("gap messages", counters["gaps"], 0)
+
+
+def nothing_missing_in(run: Run, judge: Judge, group: int) -> None:
+    """The same for one group of agents: others may have lost something with their replica."""
+    missing = run.record.total.missing[group] + run.record.gauge(f"pending_{group}")
+    judge.equal(f"numbered events missing: {run.titles[group]}", missing, 0)

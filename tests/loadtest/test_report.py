@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from loadtest.charts import bar_chart, histogram_chart, line_chart
 from loadtest.compare import compare
-from loadtest.costs import agent_line
+from loadtest.costs import agent_line, waits_of
 from loadtest.figures import FLOORS_NS, Histogram, Record, ShardFigures
 from loadtest.network import Losses
 from loadtest.picture import BROWSERS, picture
@@ -188,6 +188,17 @@ def test_the_cost_of_an_agent_over_time() -> None:
         sample(7, 50, None, (12_000, 7.5)),
     ]
     assert agent_line(samples, 10**9) == [[3.0, 500, 5000.0], [5.0, 500, 1000.0], [6.0, 200, 10000.0]]
+
+
+def test_how_long_a_replica_was_without_a_core() -> None:
+    samples = [
+        {"at_ns": at_s * 10**9, "replicas": [{"waited_s": waited_s}, other]}
+        for at_s, waited_s, other in [(1, 0.0, None), (2, 0.5, {"waited_s": 3.0}), (3, 0.6, {"waited_s": 3.0})]
+    ]
+    assert list(waits_of(samples).values()) == [
+        "30.0% of the time, 50% of the worst second",
+        "0.0% of the time, 0% of the worst second",
+    ]
 
 
 def test_charts_of_nothing() -> None:
