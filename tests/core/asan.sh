@@ -1,5 +1,6 @@
 #!/bin/sh
-# The core's tests on its own build under AddressSanitizer and UBSan, then its leak tests under LeakSanitizer.
+# The extensions' tests on a build of their own under AddressSanitizer and UBSan, and the fuzzer's corpus; then whole lives
+# under LeakSanitizer.
 # Usage: tests/core/asan.sh [pytest arguments]   (PYTHON: the interpreter, default .venv/bin/python)
 set -eu
 cd "$(dirname "$0")/../.."
@@ -10,7 +11,9 @@ PRESENCE_ASAN=1 "$python" setup.py -q build_ext --build-temp build/temp-asan --b
     cat build/asan.log
     exit 1
 }
-cp ext/presence_core/*.py "$build/presence_core/"
+for package in presence_core presence_swarm; do
+    cp "ext/$package"/*.py "$build/$package/"
+done
 
 # The interpreter is not instrumented: the runtimes come first, and every allocation is the C library's.
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
@@ -19,8 +22,11 @@ PYTHONMALLOC=malloc
 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export LD_PRELOAD PYTHONPATH PYTHONMALLOC UBSAN_OPTIONS
 
-ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 "$python" -c 'import presence_core.hub as hub; assert "/asan/" in hub.__file__'
+ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 "$python" -c \
+    'from presence_core import hub; from presence_swarm import swarm; assert "/asan/" in hub.__file__ and "/asan/" in swarm.__file__'
 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 "$python" -m pytest tests/core -q -p no:cacheprovider \
     --deselect tests/core/test_stubs.py::test_stubs_agree_with_the_build "$@"
+ASAN_OPTIONS=detect_leaks=0 "$python" -m pytest tests/loadtest/test_swarm_pieces.py -q -p no:cacheprovider
+ASAN_OPTIONS=detect_leaks=0 "$python" tests/fuzz/fuzz.py --seconds 0
 
 ASAN_OPTIONS=detect_leaks=1 "$python" tests/core/leaks.py
