@@ -14,6 +14,8 @@ import asyncpg
 from presence.metrics import Metrics
 from presence.store import ClosedSession, Elsewhere, LetGo, Store
 
+ROOM = uuid.UUID("aaaaaaaa-0000-4000-8000-000000000001")
+
 
 def now() -> datetime:
     return datetime.now(UTC)

@@ -17,12 +17,6 @@ ROOM = uuid.UUID("aaaaaaaa-0000-4000-8000-000000000001")
 
 
 @pytest.fixture
-async def tables(database_url: str) -> AsyncIterator[Tables]:
-    async with tables_of(database_url) as tables:
-        yield tables
-
-
-@pytest.fixture
 async def proxy(postgres: PostgresDatabase) -> AsyncIterator[Proxy]:
     async with Proxy(postgres.port) as proxy:
         yield proxy
