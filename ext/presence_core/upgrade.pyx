@@ -13,7 +13,7 @@ import os
 
 from libc.errno cimport errno
 
-from presence_core.hub cimport Hub
+from presence_core.hub cimport Connection, Hub
 
 cdef extern from "<fcntl.h>":
     enum: F_DUPFD_CLOEXEC
@@ -53,7 +53,7 @@ cdef class Upgrade(WSListener):
             if underlying.get_write_buffer_size():
                 raise BlockingIOError("the upgrade response could not be written at once")
             head = take_head(underlying.get_protocol())
-            connection = self.accepted(transport.request)
+            connection = <Connection?> self.accepted(transport.request)
             self.hub.adopt(connection, take_descriptor(underlying, transport._socket), head)
         except Exception as error:
             self.failed(error)

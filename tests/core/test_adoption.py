@@ -71,6 +71,12 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0)
 
 
+async def the_end(reader: asyncio.StreamReader) -> bytes:
+    """What comes until the other side closes."""
+    async with asyncio.timeout(TIMEOUT_S):
+        return await reader.read()
+
+
 def request(padding: int = 0) -> bytes:
     """An upgrade request, longer by that many bytes."""
     return HEAD + (b"X-Padding: " + b"p" * (padding - 13) + b"\r\n" if padding else b"") + b"\r\n"
@@ -166,16 +172,20 @@ async def test_a_failed_adoption_is_told_and_closes_the_socket() -> None:
         server.accepted = refuse
         before = await descriptors(server)
         reader, writer = await upgraded(server, request())
-        assert await reader.read() == b""
+        assert await the_end(reader) == b""
         assert [str(error) for error in server.failures] == ["refused"]
         server.accepted = lambda request: adopted
         adopted = Connection()
         _, other_writer = await upgraded(server, request())
         await until(lambda: server.handler.of("on_open"))
         reader, again = await upgraded(server, request())  # the same connection a second time
-        assert await reader.read() == b""
+        assert await the_end(reader) == b""
         assert isinstance(server.failures[1], ValueError)
-        for one in (writer, other_writer, again):
+        server.accepted = lambda request: None  # type: ignore[assignment,return-value]
+        reader, nobodys = await upgraded(server, request())
+        assert await the_end(reader) == b""
+        assert isinstance(server.failures[2], TypeError)
+        for one in (writer, other_writer, again, nobodys):
             one.close()
         await until(lambda: len(server.hub) == 0)
         await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
