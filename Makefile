@@ -58,7 +58,7 @@ bench-compare-fast: $(VENV)/.dev ## The same of the parts alone: about a minute
 	@$(BIN)/python bench/compare.py --fast
 
 scaling: $(VENV)/.dev ## What an agent costs, from 1,000 to 18,000 and on one to four replicas: docs/scaling.md
-	@$(BIN)/python bench/scaling.py
+	@$(BIN)/python -m bench.scaling
 
 image: ## The container image
 	docker build -t presence .

@@ -46,20 +46,31 @@ class Server:
             self.process.wait()
 
     def rss_bytes(self) -> int:
-        """Resident memory, from smaps_rollup: /proc/PID/status lags behind by a batch of pages for each thread."""
-        text = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text()
-        match = re.search(r"^Rss:\s+(\d+) kB", text, re.MULTILINE)
-        assert match is not None
-        return int(match[1]) * 1024
+        return rss_bytes(self.process.pid)
 
     def waited_s(self) -> float:
-        """How long it was ready to run and had no processor: what others cost it."""
-        return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[1]) / 1e9
+        return waited_s(self.process.pid)
 
     def cpu_s(self) -> float:
-        """Of all its threads, by the scheduler's own count: /proc/PID/stat counts in steps of 10 ms."""
-        tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
-        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+        return cpu_s(self.process.pid)
+
+
+def rss_bytes(pid: int) -> int:
+    """Resident memory, from smaps_rollup: /proc/PID/status lags behind by a batch of pages for each thread."""
+    match = re.search(r"^Rss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    assert match is not None
+    return int(match[1]) * 1024
+
+
+def waited_s(pid: int) -> float:
+    """How long its first thread was ready to run and had no processor: what others cost it."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+
+
+def cpu_s(pid: int) -> float:
+    """Of all its threads, by the scheduler's own count: /proc/PID/stat counts in steps of 10 ms."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
 def machine() -> dict[str, Any]:
