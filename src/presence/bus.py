@@ -1,11 +1,7 @@
-"""NATS: one counted subscription for each classroom, publishing in order, and proof of what the server has.
+"""NATS: one counted subscription for each classroom, requests among replicas, and the connection's life.
 
-Owns the client and its replacement, the subscriptions, and what waits to be published while NATS is away. Knows nothing of
-agents or events.
-
-Proof is an echo: a message to ourselves on the same connection, behind everything subscribed and published before it. When
-it comes back the server has processed all of that, and both directions live. The client's own flush proves less: it writes
-its PING past the commands that still wait in the client, and it returns at once when the client's read loop has died.
+Owns the client and its replacement, and the subscriptions. What is published and proven on one connection is its outbox's.
+Knows nothing of agents or events.
 
 A client lives for one connection. The client's own reconnecting is switched off: it keeps half-sent commands, and a task of
 it that dies is never replaced. What was published goes with its connection: whoever has it not confirmed knows whether it is
@@ -15,10 +11,10 @@ still true, and publishes it again.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final, Self, cast
 from uuid import UUID
@@ -26,30 +22,26 @@ from uuid import UUID
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from nats.errors import BadHeaderError, BadSubjectError, MaxPayloadError
 from nats.errors import Error as NatsError
 
 from presence.errors import StartError, Unavailable
 from presence.log import get
 from presence.metrics import Metrics
+from presence.outbox import PROOF_LASTS_S, Outbox
 
 log = get("bus")
 
 OnMessage = Callable[[str, bytes, Mapping[str, str] | None], None]
 OnGap = Callable[[], None]
 Answer = Callable[[bytes], Awaitable[bytes]]
-Outgoing = tuple[str, bytes, dict[str, str]]
 
 CONNECT_TIMEOUT_S: Final = 3.0
-CONFIRM_TIMEOUT_S: Final = 3.0
 STUCK_AFTER_S: Final = 8.0  # an echo that is out for longer: the client is replaced
 WATCH_INTERVAL_S: Final = 4.0  # an idle connection is proven this often
 FIRST_BACKOFF_S: Final = 0.1
 MAX_BACKOFF_S: Final = 2.0
 PING_INTERVAL_S: Final = 5
 CLOSE_TIMEOUT_S: Final = 2.0
-PROOF_LASTS_S: Final = 0.05
-MAX_OUTGOING: Final = 65_536  # messages that wait for the ones before them to be sent
 
 
 class Inbox:
@@ -91,30 +83,6 @@ class Topic:
             self.on_message(message.subject, message.data, message.headers)
 
 
-class Round:
-    """What one echo is the proof of, for those who wait for it."""
-
-    __slots__ = ("late", "number", "started", "waiters")
-
-    def __init__(self, number: int, waiters: list[asyncio.Future[None]]) -> None:
-        self.number = number
-        self.waiters = waiters
-        self.late: asyncio.TimerHandle | None = None
-        self.started = time.perf_counter()
-
-    def settle(self, error: Exception | None = None) -> None:
-        if self.late is not None:
-            self.late.cancel()
-        waiters, self.waiters = self.waiters, []
-        for waiter in waiters:
-            if waiter.done():
-                continue
-            if error is None:
-                waiter.set_result(None)
-            else:
-                waiter.set_exception(error)
-
-
 class Bus:
     def __init__(
         self,
@@ -139,11 +107,8 @@ class Bus:
         self._topics: dict[UUID, Topic] = {}
         self._services: dict[str, Answer] = {}
         self._served: dict[str, Subscription] = {}  # of this connection
-        self._outgoing: deque[Outgoing] = deque()
-        self._waiters: list[asyncio.Future[None]] = []
-        self._round: Round | None = None
-        self._rounds = 0
-        self._proven_at = -PROOF_LASTS_S  # by perf_counter: all that was sent before has arrived
+        self._outbox: Outbox | None = None  # of this connection
+        self._echoes = itertools.count(1)
         self._was_deaf = False
         self._owes_gap = False  # it is told when the subscriptions of the new connection are proven
         self._tasks: set[asyncio.Task[None]] = set()
@@ -151,14 +116,14 @@ class Bus:
         self._refusal = ""  # why the last server could not be reached: the client's own error only says that none could
         metrics.bus_connected.set_function(lambda: float(self.connected))
         metrics.bus_subscriptions.set_function(lambda: float(len(self._topics)))
-        metrics.bus_outgoing.set_function(lambda: float(len(self._outgoing)))
+        metrics.bus_outgoing.set_function(lambda: float(len(self._outbox or ())))
 
     @classmethod
     async def open(cls, url: str, **options: Any) -> Self:
         """Connect; raises StartError. The options are those of the constructor."""
         bus = cls(url, **options)
         try:
-            bus._client = await bus._connect()
+            bus._use(await bus._connect())
             await bus.confirm()
         except (NatsError, OSError, TimeoutError, Unavailable) as error:
             await bus._drop_client()
@@ -171,7 +136,7 @@ class Bus:
     @property
     def connected(self) -> bool:
         """Whether the server can be counted on, as far as is known."""
-        return self._client is not None and not self._is_late()
+        return self._outbox is not None and not self._outbox.is_late
 
     # --- subscriptions
 
@@ -256,22 +221,15 @@ class Bus:
 
         Should the connection break it may be lost: `confirm` tells.
         """
-        if self._client is None:
+        if self._outbox is None:
             raise Unavailable("NATS is away")
-        if len(self._outgoing) >= MAX_OUTGOING:
-            log.error("publish_refused", limited=True, waiting=len(self._outgoing))
-            raise Unavailable("NATS is too slow")
-        self._outgoing.append((subject, payload, headers))
-        self._kick()
+        self._outbox.publish(subject, payload, headers)
 
     async def confirm(self) -> None:
         """Return when the server has all that was subscribed and published before this call; raises Unavailable."""
-        if not self.connected:
+        if self._outbox is None or self._outbox.is_late:
             raise Unavailable("NATS is away")
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        self._kick()
-        await waiter
+        await self._outbox.confirm()
 
     async def prove(self) -> None:
         """Return when the server answers now, or did PROOF_LASTS_S ago; raises Unavailable.
@@ -279,7 +237,7 @@ class Bus:
         Before a change that others have to hear of: what is published into a connection that has died comes too late, when
         somebody else may have made the next change.
         """
-        if time.perf_counter() - self._proven_at > PROOF_LASTS_S:
+        if self._outbox is None or time.perf_counter() - self._outbox.proven_at > PROOF_LASTS_S:
             await self.confirm()
 
     def was_deaf(self) -> bool:
@@ -287,70 +245,17 @@ class Bus:
         deaf, self._was_deaf = self._was_deaf or not self.connected, not self.connected
         return deaf
 
-    def _kick(self) -> None:
-        if self._outgoing or self._waiters:
-            self._start_round()
-
-    def _start_round(self) -> None:
-        """Unless one is under way: what comes meanwhile forms the next."""
-        if self._round is None and self._client is not None:
-            self._rounds += 1
-            waiters, self._waiters = self._waiters, []
-            self._round = Round(self._rounds, waiters)
-            self._spawn(self._send(self._client, self._round))
-
-    async def _send(self, client: Client, current: Round) -> None:
-        current.late = asyncio.get_running_loop().call_later(CONFIRM_TIMEOUT_S, self._on_late, current)
-        try:
-            # As many as there are now: the rest may come as fast as they are sent.
-            for _ in range(len(self._outgoing)):
-                if current is not self._round:
-                    return  # the connection is over
-                await self._send_one(client, *self._outgoing.popleft())
-            if not self._outgoing:  # whoever came meanwhile has nothing behind the echo: it is their proof too
-                current.waiters += self._waiters
-                self._waiters = []
-            await client.publish(self._echo_subject, b"%d" % current.number)
-        except (NatsError, OSError) as error:
-            log.warning("publish_failed", limited=True, error=repr(error))
-            if client is self._client:
-                await self._drop_client()
-
-    async def _send_one(self, client: Client, subject: str, payload: bytes, headers: dict[str, str]) -> None:
-        try:
-            await client.publish(subject, payload, headers=headers)
-        except (BadHeaderError, BadSubjectError, MaxPayloadError) as error:  # no connection would take it
-            self._metrics.bus_dropped.inc()
-            log.error("publish_refused", limited=True, error=repr(error))
-
     def _on_echo(self, message: Msg) -> None:
-        current = self._round
-        if current is None or message.data != b"%d" % current.number:
-            return  # of an earlier connection
-        self._round = None
-        self._proven_at = current.started
-        self._metrics.bus_flush_seconds.observe(time.perf_counter() - current.started)
-        current.settle()
-        self._kick()
+        if self._outbox is not None:
+            self._outbox.on_echo(message)
+
+    def _on_proven(self) -> None:
         if self._owes_gap:
             self._owes_gap = False
             self._on_gap()
 
-    def _on_late(self, late: Round) -> None:
-        if late is self._round:
-            log.warning("nats_late", limited=True, after_s=CONFIRM_TIMEOUT_S)
-            self._was_deaf = True
-            late.settle(Unavailable("NATS does not answer"))
-            self._fail_waiters()
-
-    def _is_late(self) -> bool:
-        return self._round is not None and time.perf_counter() - self._round.started >= CONFIRM_TIMEOUT_S
-
-    def _fail_waiters(self) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_exception(Unavailable("NATS is away"))
+    def _on_late(self) -> None:
+        self._was_deaf = True
 
     # --- one connection after the other
 
@@ -404,12 +309,14 @@ class Bus:
                 async with asyncio.timeout(WATCH_INTERVAL_S):
                     await self._lost.wait()
             except TimeoutError:
-                current = self._round
-                if current is None:
-                    self._start_round()
-                elif time.perf_counter() - current.started >= STUCK_AFTER_S:
-                    log.error("nats_stuck", limited=True)
-                    await self._drop_client()
+                await self._check()
+
+    async def _check(self) -> None:
+        if self._outbox is not None and self._outbox.waits_s >= STUCK_AFTER_S:
+            log.error("nats_stuck", limited=True)
+            await self._drop_client()
+        elif self._outbox is not None:
+            self._outbox.probe()
 
     async def _reconnect(self) -> None:
         backoff_s = FIRST_BACKOFF_S
@@ -426,23 +333,33 @@ class Bus:
                 await asyncio.sleep(MAX_BACKOFF_S)
                 continue
             self._lost.clear()
-            self._client = client
+            self._use(client)
         log.info("nats_back")
         self._metrics.bus_reconnects.inc()
         self._owes_gap = True
-        self._start_round()
+
+    def _use(self, client: Client) -> None:
+        """From now on this one; its subscriptions are active when its first echo is back."""
+        self._client = client
+        self._outbox = Outbox(
+            client,
+            self._echo_subject,
+            self._echoes,
+            self._metrics,
+            on_proven=self._on_proven,
+            on_late=self._on_late,
+            on_broken=self._drop_client,
+        )
+        self._outbox.probe()
 
     async def _drop_client(self) -> None:
         """This connection is over, with all that was not proven: who waits is refused."""
         client, self._client = self._client, None
+        outbox, self._outbox = self._outbox, None
         self._lost.set()
         self._was_deaf = True
-        self._proven_at = -PROOF_LASTS_S
-        current, self._round = self._round, None
-        self._outgoing.clear()
-        if current is not None:
-            current.settle(Unavailable("NATS is away"))
-        self._fail_waiters()
+        if outbox is not None:
+            outbox.close()
         if client is not None:
             if self._keeping is not None:
                 log.warning("nats_lost", limited=True)
@@ -461,8 +378,8 @@ class Bus:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self.confirm()
         except (Unavailable, TimeoutError) as error:
-            if self._outgoing:
-                log.error("publishes_lost", count=len(self._outgoing), error=repr(error))
+            if self._outbox:
+                log.error("publishes_lost", count=len(self._outbox), error=repr(error))
         if self._keeping is not None:
             self._keeping.cancel()
             await asyncio.wait([self._keeping])

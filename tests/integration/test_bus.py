@@ -13,6 +13,7 @@ import pytest
 from nats.aio.client import Client as Nats
 
 from presence import bus as bus_module
+from presence import outbox as outbox_module
 from presence.bus import Bus
 from presence.errors import StartError, Unavailable
 from presence.metrics import Metrics
@@ -196,7 +197,7 @@ async def test_a_server_that_stands_still_is_away_until_it_answers(own_nats: Nat
         for task in waiting:
             with pytest.raises(Unavailable):
                 await within(task, 10)
-        assert asyncio.get_running_loop().time() - started < bus_module.CONFIRM_TIMEOUT_S + 0.5 * SCALE
+        assert asyncio.get_running_loop().time() - started < outbox_module.CONFIRM_TIMEOUT_S + 0.5 * SCALE
         assert not bus.connected
         own_nats.resume()
         await eventually(lambda: bus.connected)
@@ -260,7 +261,7 @@ async def test_a_message_that_ends_the_clients_reading_costs_a_reconnect(own_nat
 
 
 async def test_what_waits_for_a_slow_server_is_bounded(own_nats: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bus_module, "MAX_OUTGOING", 10)
+    monkeypatch.setattr(outbox_module, "MAX_OUTGOING", 10)
     async with running_bus(own_nats.url) as (bus, heard, _):
         await bus.subscribe(ROOM)
         await within(bus.confirm())

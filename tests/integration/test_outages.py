@@ -8,7 +8,7 @@ from pathlib import Path
 
 from running import Agent, Overheard, Running, running_gateway
 
-from presence.bus import PROOF_LASTS_S
+from presence.outbox import PROOF_LASTS_S
 from servers import NatsServer, PostgresDatabase
 from waiting import SCALE, eventually, within
 
@@ -103,7 +103,7 @@ async def test_nats_stands_still_in_the_middle_of_a_connect(
 ) -> None:
     async with running_gateway(tmp_path, own_nats.url, database_url) as gateway:
         own_nats.pause()
-        await eventually(lambda: time.perf_counter() - gateway.app.bus._proven_at > PROOF_LASTS_S)
+        await eventually(lambda: time.perf_counter() - gateway.app.bus._outbox.proven_at > PROOF_LASTS_S)
         newcomer = await gateway.dial()
         await newcomer.say(gateway.request("alice"))
         assert await newcomer.error(10) == ("unavailable", 4003)

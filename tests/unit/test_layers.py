@@ -25,7 +25,7 @@ LAYERS = [
     ["sessions"],
     ["fanout", "replicas", "announcements"],
     ["authn", "authz", "store", "bus"],
-    ["keyset", "outbound", "steps"],
+    ["keyset", "outbound", "outbox", "steps"],
     ["protocol", "config", "setting_types", "metrics", "identity", "log", "errors", "reasons", "outage"],
 ]
 BASE = LAYERS[-1]
@@ -139,7 +139,7 @@ def test_the_core_imports_nothing_of_presence() -> None:
 
 def test_in_the_gateway_only_the_store_speaks_sql_and_only_the_bus_nats() -> None:
     # The terminal publishes as any other service would.
-    owners = {"asyncpg": {"store", "embedded", "migrate"}, "nats": {"bus", "embedded", "terminal"}}
+    owners = {"asyncpg": {"store", "embedded", "migrate"}, "nats": {"bus", "outbox", "embedded", "terminal"}}
     for library, allowed in owners.items():
         users = {
             module
