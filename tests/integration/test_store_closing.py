@@ -123,3 +123,17 @@ async def test_a_cancelled_close_goes_on(replica: Replica, tables: Tables) -> No
     closing.cancel()
     assert await replica.store.flush(5)
     assert len(await tables.history()) == 1
+
+
+async def test_a_row_that_is_locked_elsewhere_delays_no_other(replica: Replica, tables: Tables) -> None:
+    first, second = [await replica.store.open_session(f"web.{name}.aud", ROOM) for name in ("alice", "bob")]
+    async with tables.connection.transaction():
+        await tables.connection.execute("SELECT FROM agent_session WHERE id = $1 FOR UPDATE", first.session_id)
+        waiting = asyncio.create_task(replica.store.close_session(first.session_id, "closed", now()))
+        assert await within(replica.store.close_session(second.session_id, "closed", now()), 2)
+        third = await replica.store.open_session("web.carol.aud", ROOM)
+        assert await within(replica.store.close_session(third.session_id, "closed", now()), 2)
+        assert not waiting.done()
+    assert await within(waiting)
+    assert [close.session_id for close in replica.told] == [second.session_id, third.session_id, first.session_id]
+    assert len(await tables.history()) == 3

@@ -50,6 +50,7 @@ OnOwned = Callable[[Sequence[ClosedSession]], None]
 Proof = Callable[[], Awaitable[None]]
 
 CONFIRM_TIMEOUT_S: Final = 1.0  # rows are locked meanwhile
+LOCKED_RETRY_S: Final = 0.05
 
 
 class Close:
@@ -212,9 +213,10 @@ class Closings:
         ids, ends, whys = [c.key for c in part], [c.ended_at for c in part], [c.reason for c in part]
         async with self._lane.session() as connection:
             await connection.execute(sql.BEGIN_CLOSE)
-            rows = await connection.fetch(sql.CLOSE, self._owner.replica_id, ids, ends, whys)
-            moved = {row[0] for row in rows}
-            if any(c.was_told and c.key not in moved for c in part):
+            found = await connection.fetch(sql.CLOSE, self._owner.replica_id, ids, ends, whys)
+            rows = [row for row in found if row[1] is not None]
+            moved, locked = {row[0] for row in rows}, {row[0] for row in found if row[1] is None}
+            if any(c.was_told and c.key not in moved | locked for c in part):
                 # The COMMIT of an earlier attempt may have succeeded after all.
                 moved.update(row[0] for row in await connection.fetch(sql.FIND_MOVED, ids, ends, whys))
             self._tell(part, rows)
@@ -226,7 +228,10 @@ class Closings:
         self._metrics.store_batch_rows.labels("close").observe(len(part))
         self._metrics.store_batch_seconds.labels("close").observe(time.perf_counter() - started)
         for close in part:
-            self._settle(close, close.key in moved)
+            if close.key in locked:  # the others do not wait for it
+                asyncio.get_running_loop().call_later(LOCKED_RETRY_S, self._batches.add, close)
+            else:
+                self._settle(close, close.key in moved)
 
     async def _confirm_told(self, part: list[Close]) -> None:
         try:

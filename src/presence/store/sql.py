@@ -83,14 +83,15 @@ BEGIN_CLOSE: Final = """
 BEGIN; SET LOCAL idle_in_transaction_session_timeout = '2s'; SET LOCAL lock_timeout = '2500ms'
 """
 
-# Fenced: only rows that this replica still owns are moved and returned. The range is closed at both ends, so that a
-# session that ended in the instant it began keeps its time.
+# Fenced: only rows that this replica still owns are moved and returned; with NULLs those that somebody has locked, who may
+# be taking them over. The range is closed at both ends, so that a session that ended in the instant it began keeps its time.
 CLOSE: Final = """
 WITH wanted AS (
     SELECT w.id, w.ended_at, w.reason
     FROM unnest($2::bigint[], $3::timestamptz[], $4::text[]) AS w (id, ended_at, reason)
 ), owned AS MATERIALIZED (
-    SELECT s.id FROM agent_session s WHERE s.id = ANY ($2::bigint[]) AND s.replica_id = $1 ORDER BY s.id FOR UPDATE
+    SELECT s.id FROM agent_session s WHERE s.id = ANY ($2::bigint[]) AND s.replica_id = $1
+    ORDER BY s.id FOR UPDATE SKIP LOCKED
 ), gone AS (
     DELETE FROM agent_session s USING owned o WHERE s.id = o.id
     RETURNING s.id, s.agent_id, s.classroom_id, s.started_at
@@ -100,6 +101,9 @@ WITH wanted AS (
     FROM gone g JOIN wanted w ON w.id = g.id
 )
 SELECT id, agent_id, classroom_id, started_at FROM gone
+UNION ALL
+SELECT s.id, NULL, NULL, NULL FROM agent_session s
+WHERE s.id = ANY ($2::bigint[]) AND s.replica_id = $1 AND NOT EXISTS (SELECT FROM owned o WHERE o.id = s.id)
 """
 
 # Which of these has a close of ours moved, though we never heard of it?
