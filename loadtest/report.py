@@ -66,7 +66,7 @@ OTHER_NAMES = {
     "unanswered": "ping without an answer to the end",
     "silent": "upgrade to the end, without a connect_request",
     "outage": "end of a connection to the next",
-    "overdue": "of that, beyond the agent's own reconnect delay",
+    "overdue": "of that, after the agent's own reconnect delay",
     "farewell": "close frame to its answer",
     "lag": "arrival at the swarm's socket to being read",
     "stall": "one turn of the swarm's loop",

@@ -80,10 +80,9 @@ cdef void on_success(swarm *s, link *line, const uint8_t *data, size_t size, uin
 cdef void come_back(swarm *s, link *line, uint64_t at_ns) noexcept nogil:
     """Connected again. Where nothing was under way when the old connection ended, what was published in between may be missed."""
     cdef agent *a = line.owner
-    cdef uint64_t offline_ns = at_ns - a.lost_ns if at_ns > a.lost_ns else 0
-    cdef uint64_t delay_ns = a.delay_ms * NS_PER_MS
-    durations_add(&s.now.outage, offline_ns)
-    durations_add(&s.now.overdue, offline_ns - delay_ns if offline_ns > delay_ns else 0)
+    cdef uint64_t due_ns = a.return_ns if a.return_ns > a.lost_ns else a.lost_ns
+    durations_add(&s.now.outage, at_ns - a.lost_ns if at_ns > a.lost_ns else 0)
+    durations_add(&s.now.overdue, at_ns - due_ns if at_ns > due_ns else 0)
     if a.lost_ns < line.began_ns:
         s.now.missing[a.group] += pending_numbers(a)
         if a.highest:
@@ -168,8 +167,8 @@ cdef void on_error(swarm *s, link *line, const uint8_t *data, size_t size, uint6
         if at_ns > s.now.terminated_last_ns:
             s.now.terminated_last_ns = at_ns
     if error.reconnect and a.behaviour == BEHAVES and line == &a.links[a.current]:
-        a.delay_ms = error.reconnect_after_ms
-        dial_later(s, a, a.delay_ms)
+        a.return_ns = at_ns + error.reconnect_after_ms * NS_PER_MS
+        dial_later(s, a, error.reconnect_after_ms)
 
 
 cdef void on_message(swarm *s, link *line, const uint8_t *data, size_t size, uint64_t at_ns) noexcept nogil:

@@ -63,7 +63,7 @@ cdef struct agent:
     uint16_t request_bytes
     uint8_t *request         # the connect_request as a masked frame; owned
     uint64_t lost_ns         # since when without a connection; 0: has one, or never had
-    uint64_t delay_ms        # after which it was to come back, as it was told or as it chose
+    uint64_t return_ns       # when it was to dial again, as it was told or as it chose
     uint64_t events
     uint64_t highest         # number seen in the room's stream; 0: none yet in this stretch
     uint64_t hears_from_ns   # what was published after this, and
@@ -83,7 +83,7 @@ cdef struct figures:  # since they were last taken
     durations unanswered          # a ping without an answer to the end of the connection
     durations silent              # upgrade to the end, of agents that say nothing
     durations outage              # end of a connection to the next success
-    durations overdue             # of that: beyond the agent's own reconnect delay
+    durations overdue             # of that: after its own reconnect delay had passed
     durations farewell            # our close frame to its answer
     durations lag                 # arrival in the socket to being read: the swarm's own lateness
     durations stall               # one turn of the loop

@@ -140,7 +140,7 @@ cdef void move_on(swarm *s) noexcept nogil:
     ):
         a = &s.agents[s.move_next]
         s.move_next += 1
-        a.delay_ms = 0
+        a.return_ns = 0
         if a.links[a.current].state == LINK_CONNECTED:
             dial(s, a)
 
@@ -291,4 +291,4 @@ cdef void go_on(swarm *s, link *line, bint was_current, bint may_return, uint64_
     if a.behaviour not in (BEHAVES, STAYS) or not may_return:
         a.is_done = not has_other
     elif not was_current or not line.is_told or a.behaviour == STAYS:
-        a.delay_ms = back_off(s, a)  # with a message, its time runs already
+        a.return_ns = at_ns + back_off(s, a) * NS_PER_MS  # with a message, its time runs already

@@ -36,7 +36,7 @@ def play(run: Run, judge: Judge) -> None:
     judge.equal("agents connected at the end", run.connected(), run.agents)
     judge.equal("sessions in the database at the end", rows["sessions"], run.agents)
     judge.equal("replicas in the database at the end", rows["replicas"], replicas)
-    judge.at_most_ms("offline beyond the own reconnect delay, max", total.plain["overdue"].most_ms, OFFLINE_SPARE_MS)
+    judge.at_most_ms("offline after the own reconnect delay, max", total.plain["overdue"].most_ms, OFFLINE_SPARE_MS)
     announcements(run, judge, total.by_group["connect"][OTHERS].count - staying)
     nothing_missing(run, judge)
     judge.cadence(total.all_groups("cadence"))

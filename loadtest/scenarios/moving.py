@@ -28,7 +28,7 @@ def play(run: Run, judge: Judge) -> None:
     moved_ms = (window.connected_last_ns - at_ns) / 1e6 if window.connected_last_ns else None
     judge.at_most_ms("SIGTERM to the last one connected elsewhere", moved_ms, run.timing.drain_timeout_s * 1e3)
     judge.equal("connects on the second replica", window.counters["connects"], run.agents)
-    judge.at_most_ms("offline beyond the own reconnect delay, max", window.plain["overdue"].most_ms, OFFLINE_SPARE_MS)
+    judge.at_most_ms("offline after the own reconnect delay, max", window.plain["overdue"].most_ms, OFFLINE_SPARE_MS)
     silent_move(judge, run.announced(), "those who moved")
     all_on_second(judge, pair)
     nothing_missing(run, judge)
