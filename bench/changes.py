@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from figures import Series
 
-LARGEST_BOUND = 2.0  # a figure that is noisier than this proves nothing
+LARGEST_BOUND = 2.0  # a figure within one that is larger may have doubled all the same
 
 
 @dataclass(frozen=True)
@@ -40,26 +40,27 @@ class Change:
     """What a figure has become: by itself and beside its peers its cost has grown `factor` at the least, `most` at the most."""
 
     title: str
-    own: Pair
+    kept: float  # the best rounds
+    new: float
     factor: float
     most: float
     bound: float
     yardstick: tuple[str, ...]  # the peers it was measured by; none: by itself
 
     @property
-    def is_too_noisy(self) -> bool:
-        return self.bound > LARGEST_BOUND
+    def is_slower(self) -> bool:
+        return self.factor > self.bound
 
     @property
-    def is_slower(self) -> bool:
-        return self.factor > self.bound and not self.is_too_noisy
+    def is_too_noisy(self) -> bool:
+        return self.bound > LARGEST_BOUND and not self.is_slower
 
     @property
     def verdict(self) -> str:
-        if self.is_too_noisy:
-            return "too noisy to say"
         if self.is_slower:
             return "SLOWER"
+        if self.is_too_noisy:
+            return "too noisy to say"
         return "faster" if self.most < 1 / self.bound else "as before"
 
 
@@ -90,7 +91,9 @@ def change_of(
         noise += statistics.fmean(pair.noise(more_is_better) for pair in peers.values())
     if not is_same_machine:
         factors = factors[-1:]
-    return Change(title, own, min(factors), max(factors), 1 + allowance + noise, tuple(peers))
+    best = max if more_is_better else min
+    kept, new = best(own.kept.values), best(own.new.values)
+    return Change(title, kept, new, min(factors), max(factors), 1 + allowance + noise, tuple(peers))
 
 
 def pairs(kept: Mapping[str, Series], new: Mapping[str, Series]) -> dict[str, Pair]:
@@ -101,10 +104,12 @@ def pairs(kept: Mapping[str, Series], new: Mapping[str, Series]) -> dict[str, Pa
 def report(changes: Iterable[Change]) -> list[str]:
     """The table, what became slower on top."""
     ordered = sorted(changes, key=lambda change: (not change.is_slower, change.is_too_noisy, -change.factor))
-    lines = ["| | kept | now | growth of its cost | of which noise explains | |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| best round | kept | now | growth of its cost | of which noise explains | |",
+        "|---|---|---|---|---|---|",
+    ]
     for change in ordered:
-        medians = (change.own.kept.median, change.own.new.median)
-        cells = [change.title, *(f"{median:,.4g}" for median in medians), f"×{change.factor:.2f}"]
+        cells = [change.title, f"{change.kept:,.4g}", f"{change.new:,.4g}", f"×{change.factor:.2f}"]
         by = "" if change.yardstick else " (no peer)"
         lines.append(f"| {' | '.join(cells)} | ×{change.bound:.2f} | {change.verdict}{by} |")
     return lines
