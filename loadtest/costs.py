@@ -46,17 +46,22 @@ def agent_line(samples: list[dict[str, Any]], start_ns: int) -> list[list[float]
     return line
 
 
-def waits_of(samples: list[dict[str, Any]]) -> dict[str, str]:
-    """How much of a second each replica was ready to run and had no core: what is late for that is the machine's doing."""
+def shares_without_core(samples: list[dict[str, Any]]) -> dict[int, list[float]]:
+    """By replica and second: how much of it the replica was ready to run and had no core."""
     shares: dict[int, list[float]] = {}
     for before, sample in pairwise(samples):
         took_s = (sample["at_ns"] - before["at_ns"]) / 1e9
         for number, (old, own) in enumerate(zip(before["replicas"], sample["replicas"], strict=False)):
             if old is not None and own is not None:
                 shares.setdefault(number, []).append((own["waited_s"] - old["waited_s"]) / took_s)
+    return shares
+
+
+def waits_of(samples: list[dict[str, Any]]) -> dict[str, str]:
+    """The same in words: what is late for that is the machine's doing."""
     return {
         f"replica {number}: ready to run, without a core": f"{fmean(own):.1%} of the time, {max(own):.0%} of the worst second"
-        for number, own in shares.items()
+        for number, own in shares_without_core(samples).items()
     }
 
 
