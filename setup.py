@@ -16,6 +16,7 @@ MODULES = [
     "histogram",
     "members",
     "backlog",
+    "bulk",
     "room_events",
     "hub",
     "turns",

@@ -22,7 +22,7 @@ from presence_core.hub cimport (
 )
 from presence_core.members cimport member, member_list, members_begin_pass, members_in_pass, members_next
 from presence_core.notices cimport tell_drained
-from presence_core.output cimport write
+from presence_core.output cimport add_to_bulk, can_take, write, write_together
 from presence_core.room_events cimport events_drop_first, events_push, room_event
 from presence_core.system cimport monotonic_ns
 from presence_core.turns cimport wake
@@ -36,6 +36,7 @@ cdef extern from *:
 cdef enum:
     PREFETCH_AHEAD = 3       # members: a crowd does not stay in the cache from one event to the next
     CACHE_LINE_BYTES = 64
+    TOGETHER_MIN = 8         # sends: fewer are not worth a call of another kind
 
 
 cdef int enqueue(Room room, bytes frame, PyObject *exclude, PyObject *only, uint64_t received_ns) except -1:
@@ -191,21 +192,27 @@ cdef int serve_some(Hub hub, Room room) except -1:
     cdef member *next_member
     cdef Connection c
     cdef int left = members_per_turn(room)
+    cdef bint together = hub.ring.fd >= 0 and left >= TOGETHER_MIN and room.members.end - room.members.cursor >= TOGETHER_MIN
     cdef uint64_t first_number = room.events.items[room.events.start].number
     while left:
         prefetch_ahead(&room.members)
         next_member = members_next(&room.members)
         if next_member == NULL:
-            return 0
+            break
         c = <Connection> next_member.owner
         if c.named or c.joined_number > first_number:
+            write_together(hub, room.common)  # before any Python code may run
             try:
                 serve_named(hub, room, c)
             except MemoryError:
                 drop(hub, c, CODE_INTERNAL_ERROR)
         elif room.common is not None:
-            write(hub, c, room.common)
+            if together and can_take(c):
+                add_to_bulk(hub, c, room.common)
+            else:
+                write(hub, c, room.common)
         left -= 1
+    write_together(hub, room.common)
     return 0
 
 

@@ -4,6 +4,7 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from presence_core.backlog cimport backlog
+from presence_core.bulk cimport BULK_MAX, bulk
 from presence_core.frames cimport frame_decoder
 from presence_core.histogram cimport histogram
 from presence_core.members cimport member, member_list
@@ -104,6 +105,8 @@ cdef class Hub:
         bint turning             # inside a turn: wake-ups are not needed
         bint closing             # close() was called: it is complete when the turn is
         bint awake               # event_fd is readable
+        bulk ring                # for fan-out; of no descriptor where the kernel allows none
+        PyObject *in_bulk[BULK_MAX]  # connections, in the order of what was added to it; borrowed
         wheel timers
         uint64_t start_ns        # CLOCK_MONOTONIC at tick 0
         uint64_t armed_tick      # when timer_fd fires next

@@ -186,18 +186,20 @@ class Hub:
         pong_timeout_ms: float = 5_000,
         close_timeout_ms: float = 2_000,
         slice_us: int = 1_000,
+        bulk_sends: bool = True,
         messages_per_s: float = 10.0,
         message_burst: float = 50,
         pings_per_s: float = 2.0,
         ping_burst: float = 20,
         seed: int | None = None,
     ) -> None:
-        """A hub with three descriptors of its own: epoll, timer and wake-up.
+        """A hub with descriptors of its own: epoll, timer, wake-up, and with `bulk_sends`, where the kernel allows it, a ring.
 
         The bounds: of one message; of what waits for one full socket; of what waits in one room. `slice_us` is how long
-        rooms are served in one turn. Messages, and pings with unasked pongs, fill a token bucket each; a message in more
-        than 256 fragments, empty ones too, counts as one more for each further 256. `seed` makes the phases and nonces of
-        heartbeats repeatable. Raises ValueError unless 0 < pong_timeout_ms < ping_interval_ms.
+        rooms are served in one turn. `bulk_sends`: an event goes to many members in one system call. Messages, and pings
+        with unasked pongs, fill a token bucket each; a message in more than 256 fragments, empty ones too, counts as one
+        more for each further 256. `seed` makes the phases and nonces of heartbeats repeatable. Raises ValueError unless 0
+        < pong_timeout_ms < ping_interval_ms.
         """
 
     @property
@@ -207,6 +209,10 @@ class Hub:
 
     def fileno(self) -> int:
         """The epoll descriptor: readable when there is something to do; -1 when closed."""
+
+    @property
+    def sends_in_bulk(self) -> bool:
+        """Whether it has a ring: the kernel is 6.0 or later, allows io_uring, and has not refused it since."""
 
     def new_room(self, tag: object = None) -> Room:
         """An empty room. It costs about 200 bytes, and lives as long as someone refers to it or is in it."""

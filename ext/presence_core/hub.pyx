@@ -31,6 +31,7 @@ from posix.time cimport CLOCK_MONOTONIC
 from posix.unistd cimport close
 
 from presence_core.backlog cimport backlog_clear, backlog_init
+from presence_core.bulk cimport bulk_close, bulk_init, bulk_open
 from presence_core.closing cimport begin_close, drop, finish, leave_room
 from presence_core.deadlines cimport measure_offsets
 from presence_core.fanout cimport enqueue, forget_events, take_room
@@ -228,6 +229,7 @@ cdef class Hub:
     def __cinit__(self):
         self.epoll_fd = self.timer_fd = self.event_fd = -1
         self.armed_tick = WHEEL_NEVER
+        bulk_init(&self.ring)
         members_init(&self.everyone)
         self.read_buffer = NULL
 
@@ -242,6 +244,7 @@ cdef class Hub:
         pong_timeout_ms=5_000,
         close_timeout_ms=2_000,
         slice_us=1_000,
+        bint bulk_sends=True,
         messages_per_s=10.0,
         message_burst=50,
         pings_per_s=2.0,
@@ -271,6 +274,8 @@ cdef class Hub:
         if self.read_buffer == NULL:
             raise MemoryError
         self.open_descriptors()
+        if bulk_sends:
+            bulk_open(&self.ring)
 
     cdef int open_descriptors(self) except -1:
         cdef epoll_event event
@@ -296,6 +301,7 @@ cdef class Hub:
         if self.event_fd >= 0:
             close(self.event_fd)
         self.epoll_fd = self.timer_fd = self.event_fd = -1
+        bulk_close(&self.ring)
 
     def __dealloc__(self):
         self.close_descriptors()
@@ -307,6 +313,10 @@ cdef class Hub:
 
     def fileno(self) -> int:
         return self.epoll_fd
+
+    @property
+    def sends_in_bulk(self) -> bool:
+        return self.ring.fd >= 0
 
     def new_room(self, tag=None) -> Room:
         cdef Room room = Room.__new__(Room)
