@@ -39,6 +39,7 @@ log = get("connection")
 
 # A token that expires in more than this is looked at again by then: far deadlines would gain nothing.
 ALARM_MAX_S: Final = 30 * 24 * 3600
+HEAD_START: Final = 0.1  # of the drain: nobody comes back elsewhere before everybody has been told to
 
 
 class Phase(IntEnum):
@@ -301,4 +302,5 @@ class Lives:
             return 0
         if reason is reasons.UNAVAILABLE:
             return int((1 + self._random()) / 2 * self._outage.spread_s(self._clock()) * 1000)
-        return int(self._random() * self._settings.reconnect_spread_s * 1000)
+        head_start_s = HEAD_START * self._settings.drain_timeout_s if reason is reasons.TERMINATED else 0.0
+        return int((head_start_s + self._random() * self._settings.reconnect_spread_s) * 1000)

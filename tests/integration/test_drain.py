@@ -37,7 +37,7 @@ async def test_everyone_is_told_at_once_and_closed_at_the_end(gateway: Running) 
         assert message["type"] == "recoverable_session_error"
         assert message["payload"]["type"] == "terminated"
         assert message["payload"]["reconnect"] is True
-        assert 0 <= message["payload"]["reconnect_after_ms"] <= 1000
+        assert 50 <= message["payload"]["reconnect_after_ms"] <= 1050
     assert time.monotonic() - started < 0.4 * SCALE
     await gateway.publish("chat", "still here")
     for agent in agents:
@@ -85,7 +85,8 @@ async def test_the_spread_of_the_returns(tmp_path: Path, nats_url: str, database
         agents = [await gateway.dial() for _ in range(50)]
         draining = asyncio.create_task(gateway.app.drain())
         delays = [(await agent.hear())["payload"]["reconnect_after_ms"] for agent in agents]
-        assert 0 <= min(delays) < 1000 < 3000 < max(delays) <= 4000
+        # A tenth of the drain first: nobody comes back before all have been told.
+        assert 20 <= min(delays) < 1020 < 3020 < max(delays) <= 4020
         await within(draining)
 
 
