@@ -9,7 +9,7 @@ caller sends one by one.
 """
 
 cimport cython
-from libc.errno cimport EINTR, errno
+from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 from posix.mman cimport MAP_FAILED, MAP_POPULATE, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
@@ -142,9 +142,10 @@ cdef void bulk_send(bulk *b, ssize_t *results) noexcept nogil:
     b.count = 0
     if taken < count:  # no memory in the kernel, or another thread than the first: it is over with the ring
         store_release(b.sq_tail, first + taken)
-    for i in range(taken, count):
-        results[i] = send_one(<submission *> b.sqes + ((first + i) & b.sq_mask))
     reap(b, taken, results)
+    for i in range(count):
+        if results[i] < 0 and results[i] != -EAGAIN:  # not taken, or the ring's own trouble: the socket says which
+            results[i] = send_one(<submission *> b.sqes + ((first + i) & b.sq_mask))
     if taken < count:
         bulk_close(b)
 

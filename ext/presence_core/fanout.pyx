@@ -207,7 +207,7 @@ cdef int serve_some(Hub hub, Room room) except -1:
             except MemoryError:
                 drop(hub, c, CODE_INTERNAL_ERROR)
         elif room.common is not None:
-            if together and can_take(c):
+            if together and hub.ring.fd >= 0 and can_take(c):  # a call before may have been the last of the ring
                 add_to_bulk(hub, c, room.common)
             else:
                 write(hub, c, room.common)

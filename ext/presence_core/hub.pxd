@@ -17,7 +17,7 @@ cdef enum:
     EVENTS_PER_TURN = 128
     NOTICES_PER_TURN = 256
     TIMERS_PER_CHECK = 64    # deadlines handled between two looks at the clock
-    MEMBERS_PER_TURN = 64    # members of one room served before the next room has its turn
+    MEMBERS_PER_TURN = BULK_MAX  # members of one room served before the next room has its turn; one bulk takes them all
     BYTES_PER_TURN = 262_144  # or fewer members, when they get much: a send takes as long as its copy
     BATCH_MAX_BYTES = 65536  # events of a room that are joined into one send
     BACKLOG_VECTORS = 64     # buffers handed to one sendmsg

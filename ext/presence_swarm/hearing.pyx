@@ -87,7 +87,7 @@ cdef void come_back(swarm *s, link *line, uint64_t at_ns) noexcept nogil:
         s.now.missing[a.group] += pending_numbers(a)
         if a.highest:
             a.heard_highest = a.highest
-        a.heard_until_ns = a.lost_ns - CROSSING_MS * NS_PER_MS
+            a.heard_until_ns = a.lost_ns - CROSSING_MS * NS_PER_MS
         a.hears_from_ns = at_ns
         a.highest = 0
     a.lost_ns = 0
