@@ -7,6 +7,8 @@ from collections import Counter
 
 from store_kit import ROOM, NewReplica, Replica, Tables, now, tables_of
 
+from presence.announcements import Enter
+from presence.store import sql
 from waiting import eventually, within
 
 
@@ -121,6 +123,28 @@ async def test_a_row_that_vanishes_while_it_is_taken_over_is_made_anew(
     assert opened.outcome == "created"
     assert [row["id"] for row in await tables.sessions()] == [opened.session_id]
     assert await tables.history() == []
+
+
+async def test_a_session_that_is_taken_over_while_it_is_held_goes_on(
+    replica: Replica, tables: Tables, database_url: str
+) -> None:
+    opened = [await replica.store.open_session(f"web.{name}.aud", ROOM) for name in ("alice", "bob")]
+    enters = [
+        Enter(ROOM, f"web.{name}.aud", each.session_id, each.started_at)
+        for name, each in zip(("alice", "bob"), opened, strict=True)
+    ]
+    alice, bob = opened
+    await replica.store.close_session(bob.session_id, "closed", now())
+    told: list[set[int]] = []
+    other = uuid.uuid4()
+    async with tables_of(database_url) as taker:
+        await taker.connection.execute(sql.REGISTER_REPLICA, other, "other")
+        async with taker.connection.transaction():
+            await taker.connection.fetch(sql.TAKE_OVER, other, [alice.session_id], [now()], "replaced")
+            holding = asyncio.create_task(replica.store.while_in(enters, told.append))
+            await eventually(tables.waiting_for_locks)
+    await within(holding)
+    assert told == [{alice.session_id}]
 
 
 # --- callers that go away

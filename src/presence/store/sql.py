@@ -154,18 +154,30 @@ NEXT_EXPIRY: Final = """
 SELECT extract(epoch FROM min(heartbeat_at) + make_interval(secs => $2) - now())::float8 FROM replica WHERE id <> $1
 """
 
-# Whose session goes on, itself or in those that replaced it in silence? None of them ends while these locks are held. The
-# time is for the index: clocks differ by less than a minute, ids say what came later.
+# Whose session goes on (true), itself or in those that replaced it in silence, and whose is over (false)? None of the former
+# ends while these locks are held. What is not returned was replaced while its row was waited for: its successor is for the
+# next statement to see, which has a new snapshot. The time is for the index: clocks differ by less than a minute, ids say
+# what came later.
 HOLD: Final = """
-SELECT w.id
-FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::timestamptz[]) AS w (id, classroom_id, agent_id, started_at)
-JOIN agent_session s ON s.classroom_id = w.classroom_id AND s.agent_id = w.agent_id AND s.id >= w.id
-WHERE NOT EXISTS (
-    SELECT FROM agent_session_history h
-    WHERE h.classroom_id = w.classroom_id AND lower(h.lifetime) > w.started_at - interval '1 minute'
-        AND h.id >= w.id AND h.agent_id = w.agent_id AND h.reason <> $5
+WITH wanted AS MATERIALIZED (
+    SELECT w.id, w.classroom_id, w.agent_id, EXISTS (
+        SELECT FROM agent_session_history h
+        WHERE h.classroom_id = w.classroom_id AND lower(h.lifetime) > w.started_at - interval '1 minute'
+            AND h.id >= w.id AND h.agent_id = w.agent_id AND h.reason <> $5
+    ) AS has_ended
+    FROM unnest($1::bigint[], $2::uuid[], $3::text[], $4::timestamptz[]) AS w (id, classroom_id, agent_id, started_at)
+), held AS MATERIALIZED (
+    SELECT w.id
+    FROM wanted w JOIN agent_session s ON s.classroom_id = w.classroom_id AND s.agent_id = w.agent_id AND s.id >= w.id
+    WHERE NOT w.has_ended
+    ORDER BY s.id FOR SHARE OF s
 )
-ORDER BY s.id FOR SHARE OF s
+SELECT id, true FROM held
+UNION ALL
+SELECT w.id, false FROM wanted w
+WHERE w.has_ended OR NOT EXISTS (
+    SELECT FROM agent_session s WHERE s.classroom_id = w.classroom_id AND s.agent_id = w.agent_id AND s.id >= w.id
+)
 """
 
 OWNED: Final = """

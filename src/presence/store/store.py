@@ -32,6 +32,7 @@ MAX_QUEUED_OPENS: Final = 8_192
 MAX_LISTED: Final = 1_000
 CLOSE_FLUSH_TIMEOUT_S: Final = 2.0
 SWEEP_TIMEOUT_S: Final = 10.0
+MAX_HOLDS: Final = 10
 TOLD_PER_TURN: Final = 100
 TOLD_PER_PROOF: Final = 10_000  # what waits for NATS is bounded
 
@@ -199,13 +200,21 @@ class Store:
         try:
             async with self._sweep_lane.session() as connection:
                 await connection.execute(sql.BEGIN_CLOSE)
-                rows = await connection.fetch(sql.HOLD, *columns, REPLACED.type)
-                tell({row[0] for row in rows})
-                if rows:
+                present = await self._hold(connection, *columns)
+                tell(present)
+                if present:
                     await within_proof(self._confirm)
                 await connection.execute("COMMIT")
         except (Away, TryAgain) as error:
             raise self._unavailable(error) from error
+
+    async def _hold(self, connection: asyncpg.Connection, ids: list[int], *columns: object) -> set[int]:
+        """Lock the rows of those that go on. Again, while rows are taken over in the moment they are waited for."""
+        for _ in range(MAX_HOLDS):
+            rows = await connection.fetch(sql.HOLD, ids, *columns, REPLACED.type)
+            if len(rows) == len(ids):
+                return {row[0] for row in rows if row[1]}
+        raise TryAgain("Rows change hands too often")
 
     # --- the replica
 
