@@ -236,12 +236,12 @@ class Lease:
             log.error("lease_lost", stood_still_s=round(started - self._renewed_at, 3), replica_id=str(replica_id))
             self._metrics.leases_lost.inc()
             await self._come_back(replica_id)
-        elif self._must_reconcile:
+        self._renewed_at = started
+        self._steady_since = self._clock() if self._steady_since is None else self._steady_since
+        if renewed and self._must_reconcile:  # the lease is renewed whatever becomes of this; should it fail, it is done again
             self._reconciled_at = started
             await self._reconcile()
             self._must_reconcile = False
-        self._renewed_at = started
-        self._steady_since = self._clock() if self._steady_since is None else self._steady_since
 
     async def _pause(self) -> None:
         """Until it is time to renew, or a statement has found that there is nothing left to renew."""

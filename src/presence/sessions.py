@@ -318,8 +318,14 @@ class Sessions:
             log.warning("enters_not_told", limited=True, error=error.title)  # `reconcile` does it
 
     async def reconcile(self) -> None:
-        """Compare the rows with the agents, and tell what was not heard: after a time in which others may have asked in vain."""
+        """Compare the rows with the agents, and tell what was not heard: after a time in which others may have asked in vain.
+
+        Raises Unavailable when there is still something to tell or to compare.
+        """
+        await self._compare()
         await self._announcements.tell_again()
+
+    async def _compare(self) -> None:
         here = {agent.session_id: agent for agent in self._fanout.agents()}
         owned: dict[int, SessionRow] = {}
         last_id = 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -194,6 +195,22 @@ async def test_who_left_and_came_back_elsewhere_while_nats_was_away_from_here_is
     await broken.heal()
     assert await broken.told() == [("agent.enter", "alice")]
     assert [row["id"] for row in await broken.one.rows()] == [success["session_id"]]
+
+
+async def test_the_lease_is_kept_while_an_enter_cannot_be_told(broken: Broken) -> None:
+    broken.is_heard = False
+    broken.arm()
+    await broken.refused("alice")
+    lease = broken.one.app.lease
+    since, age = time.monotonic(), broken.one.app.metrics.registry.get_sample_value
+    for _ in range(4):  # of three that a lease lasts for
+        await eventually(lambda: lease._renewed_at > since)
+        since = lease._renewed_at
+        assert not broken.one.app.bus.connected
+        assert (age("presence_lease_age_seconds") or 0.0) < OPTIONS["lease_ttl_s"]
+    assert broken.one.app.announcements.unproven == 1
+    await eventually(lease._is_steady)
+    await broken.heal()
 
 
 async def test_what_waits_is_bounded_and_of_each_agent_the_latest(
