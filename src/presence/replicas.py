@@ -10,8 +10,8 @@ import asyncio
 import random
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 from uuid import UUID, uuid4
 
 import orjson
@@ -30,6 +30,7 @@ log = get("replicas")
 
 RENEWALS_PER_TTL: Final = 3  # two may fail before the lease runs out
 OWNER_TIMEOUT_S: Final = 0.5  # nobody is locked out by a replica that is dead or stands still for longer
+RELEASE_SHARE: Final = 0.8  # of that, for an owner to wait for those that do not let go at once
 # Of the interval. A database that stood still for longer than these together is noticed before anybody is swept who could not
 # renew meanwhile; with the one interval that a heartbeat may be old by then, they make less than a lease.
 OVERDUE_SHARE: Final = 1.4
@@ -38,6 +39,7 @@ SWEEP_JITTER_S: Final = 0.1
 RETRY_S: Final = 0.25
 RECONCILE_INTERVAL_S: Final = 60.0
 
+T = TypeVar("T")
 Key = tuple[UUID, str]  # classroom, agent
 
 
@@ -51,7 +53,7 @@ class Released(NamedTuple):
     delivering: bool = False
 
 
-Release = Callable[[UUID, str, int], Awaitable[Released]]
+Release = Callable[[UUID, str, int], Coroutine[Any, Any, Released]]
 Remove = Callable[[UUID, str, int], bool]
 Deliver = Callable[[Sequence[Key]], Awaitable[Sequence[bool]]]
 YES: Final = b"yes"
@@ -70,7 +72,7 @@ class Owners:
         self._metrics = metrics
         self._subjects: list[str] = []
         self._moving: defaultdict[UUID, list[tuple[Key, asyncio.Future[bool]]]] = defaultdict(list)
-        self._asking: set[asyncio.Task[None]] = set()
+        self._under_way: set[asyncio.Task[Any]] = set()
 
     async def ask(self, owner: UUID, sessions: Sequence[Elsewhere]) -> LetGo:
         """Return when the owner has closed their sockets, or when it has had OWNER_TIMEOUT_S to do so."""
@@ -102,9 +104,7 @@ class Owners:
         return has_all
 
     def _ask_delivered(self, owner: UUID) -> None:
-        task = asyncio.get_running_loop().create_task(self._prove_delivered(owner, self._moving.pop(owner)))
-        self._asking.add(task)
-        task.add_done_callback(self._asking.discard)
+        self._spawn(self._prove_delivered(owner, self._moving.pop(owner)))
 
     async def _prove_delivered(self, owner: UUID, moving: list[tuple[Key, asyncio.Future[bool]]]) -> None:
         payload = orjson.dumps([[str(classroom_id), agent_id] for (classroom_id, agent_id), _ in moving])
@@ -127,12 +127,18 @@ class Owners:
         """Answer what other replicas ask of this one; raises Unavailable when they cannot."""
 
         async def on_release(payload: bytes) -> bytes:
-            wanted = orjson.loads(payload)
-            let_go = await asyncio.gather(*(release(UUID(room), agent_id, number) for number, room, agent_id in wanted))
-            numbered = [(number, each) for (number, _, _), each in zip(wanted, let_go, strict=True)]
-            untold = [number for number, each in numbered if not each.was_told]
+            releases = {
+                number: self._spawn(release(UUID(room), agent_id, number))
+                for number, room, agent_id in orjson.loads(payload)
+            }
+            # One that waits for its turn must not spoil the answer for the others; it is let go all the same.
+            await asyncio.wait(releases.values(), timeout=RELEASE_SHARE * OWNER_TIMEOUT_S)
+            let_go = {number: task.result() for number, task in releases.items() if task.done()}
             return orjson.dumps(
-                {"untold": untold, "delivering": [number for number, each in numbered if each.delivering]}
+                {
+                    "untold": [number for number, each in let_go.items() if not each.was_told],
+                    "delivering": [number for number, each in let_go.items() if each.delivering],
+                }
             )
 
         async def on_remove(payload: bytes) -> bytes:
@@ -158,6 +164,12 @@ class Owners:
         for subject, answer in answers.items():
             await self._bus.serve(subject, answer)
         await self._bus.confirm()
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return task
 
 
 class Lease:
@@ -238,7 +250,9 @@ class Lease:
             await self._come_back(replica_id)
         self._renewed_at = started
         self._steady_since = self._clock() if self._steady_since is None else self._steady_since
-        if renewed and self._must_reconcile:  # the lease is renewed whatever becomes of this; should it fail, it is done again
+        if (
+            renewed and self._must_reconcile
+        ):  # the lease is renewed whatever becomes of this; should it fail, it is done again
             self._reconciled_at = started
             await self._reconcile()
             self._must_reconcile = False

@@ -19,6 +19,7 @@ from running import Agent, Running, running_gateway
 from websockets.exceptions import ConnectionClosed
 
 from presence.fanout import MAX_HELD_BYTES
+from presence.store import Elsewhere
 from proxy import Proxy
 from waiting import eventually, within
 
@@ -146,6 +147,21 @@ async def test_an_old_replica_that_cannot_say_so_delays_nobody_and_the_agent_lea
     assert numbers([await first.hear(), await first.hear()]) == [1, 2]
     await left(first)
     await move.end()
+
+
+async def test_an_agent_whose_turn_is_taken_spoils_the_answer_for_no_other(move: Move) -> None:
+    joined = [await move.old.join(name) for name in ("alice", "bob")]
+    alice, bob = [Elsewhere(each["session_id"], UUID(move.old.classroom_id), each["agent_id"]) for _, each in joined]
+    draining = asyncio.create_task(move.old.app.drain())
+    sessions = move.old.app.sessions
+    await eventually(lambda: all(agent.told for agent in move.old.app.fanout.agents()))
+    await sessions._turns.take((alice.classroom_id, alice.agent_id))
+    let_go = await move.new.app.owners.ask(move.old.app.replica_id, [alice, bob])
+    assert list(let_go.delivering) == [bob.session_id]
+    sessions._turns.give((alice.classroom_id, alice.agent_id))
+    await eventually(lambda: sessions._moving == {alice.session_id, bob.session_id})
+    await asyncio.gather(*(agent.socket.close() for agent, _ in joined))
+    assert await within(draining, 10)
 
 
 async def test_an_old_socket_that_went_first_vouches_for_nothing(move: Move) -> None:
