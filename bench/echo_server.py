@@ -56,22 +56,8 @@ class Echo:
         pass
 
 
-async def serve(arguments: argparse.Namespace) -> None:
-    loop = asyncio.get_running_loop()
-    rate = UNLIMITED_PER_S if arguments.no_limits else 10.0
-    hub = Hub(
-        Echo(arguments.heartbeat),
-        max_message_bytes=arguments.max_message_bytes,
-        max_backlog_bytes=max(262_144, 4 * arguments.max_message_bytes),
-        messages_per_s=rate,
-        message_burst=rate * 5,
-        pings_per_s=rate,
-        ping_burst=rate * 5,
-        ping_interval_ms=arguments.ping_interval_s * 1000,
-        pong_timeout_ms=min(5_000.0, arguments.ping_interval_s * 900),
-    )
-    loop.add_reader(hub.fileno(), hub.on_readable)
-
+def open_door(hub: Hub, listener: socket.socket) -> Door:
+    """Each socket that comes becomes a Connection of the hub; picows reads and answers its upgrade request."""
     upgrade = Upgrade(hub, lambda request: Connection(), lambda error: logging.error("not adopted", exc_info=error))
     quiet = logging.LoggerAdapter(logging.getLogger("picows.quiet"))
 
@@ -92,14 +78,32 @@ async def serve(arguments: argparse.Namespace) -> None:
             READ_BUFFER_INIT_BYTES,
         )
 
-    listener = socket.create_server(("127.0.0.1", arguments.port), backlog=4096)
-    door = Door(
+    return Door(
         listener,
         handshake,
         max_handshakes=1_024,
         handshake_timeout_s=5,
         on_error=lambda error: logging.error("%r", error),
     )
+
+
+async def serve(arguments: argparse.Namespace) -> None:
+    loop = asyncio.get_running_loop()
+    rate = UNLIMITED_PER_S if arguments.no_limits else 10.0
+    hub = Hub(
+        Echo(arguments.heartbeat),
+        max_message_bytes=arguments.max_message_bytes,
+        max_backlog_bytes=max(262_144, 4 * arguments.max_message_bytes),
+        messages_per_s=rate,
+        message_burst=rate * 5,
+        pings_per_s=rate,
+        ping_burst=rate * 5,
+        ping_interval_ms=arguments.ping_interval_s * 1000,
+        pong_timeout_ms=min(5_000.0, arguments.ping_interval_s * 900),
+    )
+    loop.add_reader(hub.fileno(), hub.on_readable)
+
+    door = open_door(hub, socket.create_server(("127.0.0.1", arguments.port), backlog=4096))
     print(f"listening on {door.port}", flush=True)
     await loop.create_future()
 

@@ -5,18 +5,17 @@ The next burst is broadcast when the last one has been taken up, so that nothing
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import gc
 import logging
 import socket
 
-import picows
 import uvloop
 
-from echo_server import Echo
+from echo_server import Echo, open_door
 from presence_core.frames import OPCODE_TEXT, encode_frame
 from presence_core.hub import Connection, Hub
-from presence_core.upgrade import READ_BUFFER_INIT_BYTES, Upgrade
 
 FRAME = encode_frame(OPCODE_TEXT, b"x" * 190)
 
@@ -44,27 +43,25 @@ class FanOut(Echo):
             asyncio.get_running_loop().call_soon(self.pump)
 
 
-async def serve() -> None:
+async def serve(nagle: bool) -> None:
     handler = FanOut(heartbeat=False)
     hub = Hub(handler)
     handler.use(hub)
-    asyncio.get_running_loop().add_reader(hub.fileno(), hub.on_readable)
-    upgrade = Upgrade(hub, lambda request: Connection(), lambda error: logging.error("not adopted", exc_info=error))
+    loop = asyncio.get_running_loop()
+    loop.add_reader(hub.fileno(), hub.on_readable)
     listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
-    server = await picows.ws_create_server(
-        lambda request: upgrade,
-        sock=listener,
-        backlog=128,
-        read_buffer_init_size=READ_BUFFER_INIT_BYTES,
-        enable_auto_pong=False,
-        logger_name=logging.LoggerAdapter(logging.getLogger("picows.quiet")),
-    )
-    listener.listen(4096)
-    print(f"listening on {listener.getsockname()[1]}", flush=True)
-    await server.serve_forever()
+    door = open_door(hub, listener)
+    if nagle:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
+    print(f"listening on {door.port}", flush=True)
+    await loop.create_future()
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--nagle", action="store_true", help="without TCP_NODELAY: the kernel joins what is not answered yet"
+    )
     logging.basicConfig(level=logging.WARNING)
     gc.freeze()
-    uvloop.run(serve())
+    uvloop.run(serve(parser.parse_args().nagle))

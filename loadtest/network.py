@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Self
 
 
+def loopback_queue() -> int:
+    """How many packets may wait on a core: `net.core.netdev_max_backlog`."""
+    return int(Path("/proc/sys/net/core/netdev_max_backlog").read_text())
+
+
 @dataclass(frozen=True)
 class Losses:
     dropped: int = 0  # softnet_stat's second column: beyond net.core.netdev_max_backlog

@@ -84,7 +84,8 @@ def _about(result: Mapping[str, Any]) -> str:
     return (
         f"<p><code>{escape(result['command'])}</code></p><p>{result['taken_at']}, commit {escape(result['commit'])}, "
         f"{machine['cores']} cores of {escape(machine['cpu'])}, Linux {escape(machine['kernel'])}, Python "
-        f"{machine['python']}, load {machine['load']} at the end. Gateway: {escape(settings)}. Agents, gateway, "
+        f"{machine['python']}, load {machine['load']} at the end, loopback queue of {machine['loopback_queue']:,} packets. "
+        f"Gateway: {escape(settings)}. Agents, gateway, "
         "PostgreSQL and NATS share the machine; arrivals are the kernel's time stamps.</p>"
     )
 

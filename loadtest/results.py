@@ -16,6 +16,7 @@ from typing import Any
 
 from loadtest.costs import agent_line, cost_of, replica_lines, waits_of
 from loadtest.lines import ROOT
+from loadtest.network import loopback_queue
 from loadtest.running import Run
 from loadtest.verdicts import Judge
 
@@ -68,6 +69,7 @@ def _machine() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "load": round(os.getloadavg()[0], 2),
+        "loopback_queue": loopback_queue(),
     }
 
 

@@ -16,6 +16,7 @@ UWEBSOCKETS = "uWebSockets (socketify)"
 NATS_SERVER = "nats-server ws"
 NCHAN = "nchan"
 BARE_C = "bare C, send(2)"
+PRESENCE_NAGLE = "Presence without TCP_NODELAY"
 
 NEEDS_MODULE = {PICOWS: "picows", WEBSOCKETS: "websockets", UWEBSOCKETS: "socketify"}
 NEEDS_FILES = {
@@ -41,6 +42,7 @@ PING_SERVERS: dict[str, tuple[str, ...]] = {
 
 FANOUT_SERVERS: dict[str, tuple[str, ...]] = {
     PRESENCE: ("bench/fanout_server.py",),
+    PRESENCE_NAGLE: ("bench/fanout_server.py", "--nagle"),
     PICOWS: ("bench/peers/picows_fanout.py",),
     WEBSOCKETS: ("bench/peers/websockets_fanout.py",),
     UWEBSOCKETS: ("bench/peers/socketify_fanout.py",),

@@ -122,7 +122,7 @@ def result(*, passed: bool = True) -> dict[str, Any]:
         "command": "python -m loadtest.run steady",
         "taken_at": "2026-01-31T09:30:00+00:00",
         "commit": "abc",
-        "machine": {"cpu": "x", "cores": 2, "kernel": "6", "python": "3", "load": 0.1},
+        "machine": {"cpu": "x", "cores": 2, "kernel": "6", "python": "3", "load": 0.1, "loopback_queue": 1000},
         "agents": 100,
         "gateway": {"ping-interval-s": "30"},
         "passed": judge.passed,
