@@ -43,7 +43,7 @@ class Timing:
     auth_timeout_s: float = 10.0
     drain_timeout_s: float = 10.0
     lease_ttl_s: float = 15.0
-    reconnect_spread_s: float = 6.0
+    reconnect_spread_s: float = 5.0
     stretch: float = 1.0  # of everything a scenario does for some time
 
     def settings(self) -> list[str]:

@@ -108,7 +108,7 @@ class Settings(BaseSettings):
         10.0, description="Time to serve a connect_request, waiting for its turn included; past it: unavailable."
     )
     drain_timeout_s: Seconds = Field(10.0, description="Time that agents have to move away after SIGTERM.")
-    reconnect_spread_s: Seconds = Field(6.0, description="Agents are told to reconnect at random within this time.")
+    reconnect_spread_s: Seconds = Field(5.0, description="Agents are told to reconnect at random within this time.")
     lease_ttl_s: Seconds = Field(15.0, description="A replica without a heartbeat for this long is swept by others.")
 
     # Who may come in
