@@ -119,10 +119,17 @@ class Fanout:
         """What was kept for it, as frames in order, and a gap if that, or what was before it, is not whole."""
         held = self._classrooms[str(classroom_id)].held.pop(agent)
         if held.missed or held.lost or not is_whole:
-            gap = protocol.encode_gap(held.missed if is_whole and not held.lost else None)
-            held.frames.append(encode_frame(OPCODE_TEXT, gap))
-            self._metrics.gaps.labels("hand_over").inc()
+            held.frames.append(self._gap_of_hand_over(held.missed if is_whole and not held.lost else None))
         return b"".join(held.frames)
+
+    def nothing_held(self) -> bytes:
+        """What an agent hears, as a frame, whose old replica could not be asked what it has sent."""
+        self._metrics.hand_overs.labels("unproven").inc()
+        return self._gap_of_hand_over(None)
+
+    def _gap_of_hand_over(self, missed: int | None) -> bytes:
+        self._metrics.gaps.labels("hand_over").inc()
+        return encode_frame(OPCODE_TEXT, protocol.encode_gap(missed))
 
     async def served(self, classroom_ids: Iterable[UUID]) -> None:
         """Return when the agents of these classrooms have been sent all that has come for them by now."""

@@ -109,7 +109,9 @@ class Metrics:
     def _add_replicas(self) -> None:
         self.owners_asked = self._counter("owners_asked", "Sessions that another replica was asked for", "outcome")
         self.hand_overs = self._counter(
-            "hand_overs", "Agents taken over from a drain: was it proven that they missed no event?", "outcome"
+            "hand_overs",
+            "Agents taken over from a drain or a silent replica: was it proven that they missed no event?",
+            "outcome",
         )
         self.sessions_swept = self._counter("sessions_swept", "Sessions of dead replicas moved to history here")
         self.leases_lost = self._counter("leases_lost", "Times that this replica found itself swept")

@@ -76,11 +76,11 @@ class Owners:
 
     async def ask(self, owner: UUID, sessions: Sequence[Elsewhere]) -> LetGo:
         """Return when the owner has closed their sockets, or when it has had OWNER_TIMEOUT_S to do so."""
-        let_go = LetGo()
+        let_go = LetGo(silent=frozenset(each.session_id for each in sessions))
         payload = orjson.dumps([[each.session_id, str(each.classroom_id), each.agent_id] for each in sessions])
         try:
             answer = orjson.loads(await self._bus.request(subject_of(owner, "release"), payload, OWNER_TIMEOUT_S))
-            let_go = LetGo(frozenset(answer["untold"]), frozenset(answer["delivering"]))
+            let_go = LetGo(*(frozenset(answer[what]) for what in ("untold", "delivering", "silent")))
             outcome = "answered"
         except Unavailable:
             outcome = "silent"
@@ -138,6 +138,7 @@ class Owners:
                 {
                     "untold": [number for number, each in let_go.items() if not each.was_told],
                     "delivering": [number for number, each in let_go.items() if each.delivering],
+                    "silent": list(releases.keys() - let_go.keys()),
                 }
             )
 

@@ -199,7 +199,7 @@ class Sessions:
                 enter = Enter(agent.classroom_id, agent.agent_id, session_id, session.started_at)
                 await self._announcements.tell_enter(enter)
             room = self._fanout.enter(agent.classroom_id, agent)
-            held = b"" if session.delivering is None else await self._hand_over(agent, session.delivering)
+            held = await self._hand_over(agent, session)
             if not welcome(agent, session_id, room, held):
                 raise Gone
         except BaseException:
@@ -207,15 +207,17 @@ class Sessions:
             self._bus.release(agent.classroom_id)
             raise
 
-    async def _hand_over(self, agent: Agent, owner: UUID) -> bytes:
-        """Return what came here for the agent until its old replica had sent it all that was published before.
+    async def _hand_over(self, agent: Agent, session: OpenedSession) -> bytes:
+        """Return what the agent hears first: what came here for it until its old replica had sent it all from before.
 
         What was published before the subscription was active comes to the old one alone, and perhaps late: the agent must
         not be told that it may hang up there any earlier.
         """
         assert agent.classroom_id is not None
+        if session.delivering is None:
+            return self._fanout.nothing_held() if session.owner_was_silent else b""
         self._fanout.hold(agent.classroom_id, agent)
-        is_whole = await self._owners.delivered(owner, agent.classroom_id, agent.agent_id)
+        is_whole = await self._owners.delivered(session.delivering, agent.classroom_id, agent.agent_id)
         return self._fanout.take_held(agent.classroom_id, agent, is_whole=is_whole)
 
     def _forget(self, predecessor: Agent) -> None:

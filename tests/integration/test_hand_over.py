@@ -164,6 +164,22 @@ async def test_an_agent_whose_turn_is_taken_spoils_the_answer_for_no_other(move:
     assert await within(draining, 10)
 
 
+async def test_an_old_replica_that_does_not_let_go_in_time_cannot_vouch_for_anything(move: Move) -> None:
+    first, _ = await move.old.join("alice")
+    draining = asyncio.create_task(move.old.app.drain())
+    assert (await first.hear())["payload"]["type"] == "terminated"
+    move.link.silent = True
+    second, _ = await move.new.join("alice")
+    assert await second.hear() == {"type": "gap", "payload": {"missed": None}}
+    sample = move.new.app.metrics.registry.get_sample_value
+    assert sample("presence_hand_overs_total", {"outcome": "unproven"}) == 1
+    await move.publish(1)
+    assert numbers([await second.hear()]) == [1]
+    move.link.silent = False
+    await first.socket.close()
+    assert await within(draining, 10)
+
+
 async def test_an_old_socket_that_went_first_vouches_for_nothing(move: Move) -> None:
     first, second = await move.begin()
     move.database.silent = False

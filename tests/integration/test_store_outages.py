@@ -9,6 +9,7 @@ from store_kit import Replica, Tables, now, replica_of, tables_of
 
 from presence import reasons
 from presence.errors import SessionError, Unavailable
+from presence.store import LetGo
 from proxy import Proxy
 from servers import PostgresDatabase
 from waiting import eventually, within
@@ -59,6 +60,22 @@ async def test_a_lost_answer_to_a_take_over(replica: Replica, other: Replica, pr
     assert opened.outcome == "taken_over"
     assert [row["id"] for row in await tables.sessions()] == [opened.session_id]
     assert [row["id"] for row in await tables.history(reason="replaced")] == [first.session_id]
+
+
+async def test_what_the_owner_said_outlives_a_lost_answer(replica: Replica, other: Replica, proxy: Proxy) -> None:
+    first = {name: (await other.store.open_session(f"web.{name}.aud", ROOM)).session_id for name in ("alice", "bob")}
+
+    async def ask(owner: uuid.UUID, sessions: object) -> LetGo:
+        return LetGo(untold=[first["alice"]], delivering=[first["bob"]])
+
+    replica.store._openings._ask_owner = ask
+    proxy.loses_answer_to = lambda data: b"replaced" in data
+    alice, bob = await within(
+        asyncio.gather(*(replica.store.open_session(f"web.{name}.aud", ROOM) for name in ("alice", "bob")))
+    )
+    assert proxy.lost_answers == 1
+    assert (alice.outcome, alice.delivering) == ("created", None)
+    assert (bob.outcome, bob.delivering) == ("taken_over", other.id)
 
 
 async def test_a_lost_answer_about_a_session_that_was_kept(replica: Replica, proxy: Proxy) -> None:

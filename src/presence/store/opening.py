@@ -48,12 +48,14 @@ class OpenedSession:
     """The row that an agent has now. `kept`: it had one on this replica already; `taken_over`: on another one.
 
     `delivering`: the replica that it was taken from, if that one drains and the agent goes on hearing its events there.
+    `owner_was_silent`: that replica has not answered: nobody knows what the agent has missed.
     """
 
     session_id: int
     started_at: datetime
     outcome: Outcome
     delivering: UUID | None = None
+    owner_was_silent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +73,12 @@ class LetGo:
 
     untold: of these nobody was told that they opened, as far as it knows.
     delivering: these are of its drain, and their agents go on hearing their events there until they hang up.
+    silent: of these it has said nothing in time.
     """
 
     untold: Collection[int] = ()
     delivering: Collection[int] = ()
+    silent: Collection[int] = ()
 
 
 # Asks a replica to let go of sessions; returns when it has, or when it has been given long enough.
@@ -98,6 +102,7 @@ class Request:
         "key",
         "may_have_made",
         "only_new",
+        "owner_was_silent",
         "rounds",
         "started_at",
         "wanted_id",
@@ -118,12 +123,28 @@ class Request:
         self.answer = answer
         self.only_new = only_new
         # The session elsewhere whose owner was asked to let go of it.
-        self.wanted_id = 0
-        self.was_told = True  # the others know of that session, unless its owner says otherwise
-        self.delivering: UUID | None = None  # its owner, if that goes on sending the agent its events
+        self.want(0)
         # The outcome to report should a row with our `started_at` be found: an attempt ended without an answer.
         self.may_have_made: Outcome | None = None
         self.rounds = 0
+
+    def want(self, session_id: int) -> None:
+        """Its owner is about to be asked."""
+        self.wanted_id = session_id
+        self.was_told = True  # the others know of that session, unless its owner says otherwise
+        self.delivering: UUID | None = None  # its owner, if that goes on sending the agent its events
+        self.owner_was_silent = True
+
+    def taken_over(self, session_id: int, started_at: datetime) -> OpenedSession:
+        # A session that nobody knows of is not taken over in silence: it is as new.
+        outcome: Outcome = "taken_over" if self.was_told else "created"
+        return OpenedSession(session_id, started_at, outcome, self.delivering, self.owner_was_silent)
+
+    def made(self, session_id: int, started_at: datetime) -> OpenedSession:
+        """The row with our `started_at`, of the attempt whose answer was lost."""
+        if self.may_have_made == "taken_over":
+            return self.taken_over(session_id, started_at)
+        return OpenedSession(session_id, started_at, "created")
 
     @property
     def is_wanted(self) -> bool:
@@ -250,7 +271,7 @@ class Openings:
             elif not request.is_there():  # it may have connected elsewhere meanwhile, and must not lose that
                 self._fail(request, TryAgain("the agent has gone"))
             else:
-                request.wanted_id, request.was_told, request.delivering = row[0], True, None
+                request.want(row[0])
                 elsewhere[row[4]].append((request, Elsewhere(row[0], row[1], row[2])))
         for owner, wanted in elsewhere.items():
             self._asked_for += len(wanted)
@@ -265,6 +286,7 @@ class Openings:
             for request, session in wanted:
                 request.was_told = session.session_id not in let_go.untold
                 request.delivering = owner if session.session_id in let_go.delivering else None
+                request.owner_was_silent = session.session_id in let_go.silent
         except Exception as error:
             log.error("ask_owner_failed", limited=True, error=repr(error), exc_info=error)
         finally:
@@ -287,22 +309,22 @@ class Openings:
             if row is None:
                 self._go_round(request)
             else:
-                # A session that nobody knows of is not taken over in silence: it is as new.
-                outcome: Outcome = "taken_over" if request.was_told else "created"
-                self._settle(request, OpenedSession(row[0], row[3], outcome, request.delivering))
+                self._settle(request, request.taken_over(row[0], row[3]))
 
     def _settle_own(self, request: Request, session_id: int, started_at: datetime) -> None:
         """The row found is this replica's already."""
         if started_at == request.started_at:
             # An earlier attempt of this very request has made it, and its answer was lost.
-            self._settle(request, OpenedSession(session_id, started_at, request.may_have_made or "created"))
+            self._settle(request, request.made(session_id, started_at))
             return
         if self._closings.call_after(session_id, lambda: self._go_round(request)):
             return
         left_behind = self._left_behind.pop((request.key, started_at), None)
         if left_behind is not None:
-            # Nobody was ever told of this one: it is as new.
-            self._settle(request, OpenedSession(session_id, started_at, left_behind.outcome))
+            # Nobody was ever told of this one: it is as new. Or nobody has asked where it came from what was sent there.
+            is_moved = left_behind.outcome == "taken_over"
+            opened = OpenedSession(session_id, started_at, left_behind.outcome, owner_was_silent=is_moved)
+            self._settle(request, opened)
             return
         self._settle(request, OpenedSession(session_id, started_at, "kept"))
 
@@ -380,7 +402,8 @@ class Openings:
 
     def _fail(self, request: Request, error: Exception) -> None:
         if request.may_have_made is not None:
-            self._search(LeftBehind(request.key, request.started_at, request.may_have_made))
+            outcome: Outcome = request.may_have_made if request.was_told else "created"
+            self._search(LeftBehind(request.key, request.started_at, outcome))
         if request.answer.done():
             return
         failure = SessionError(reasons.INTERNAL_ERROR) if isinstance(error, BadRow) else Unavailable()
