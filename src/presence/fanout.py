@@ -66,6 +66,10 @@ class Classroom:
         self.missed = 0  # events refused here
         self.lost = False  # events lost before they came here, nobody knows how many
 
+    @property
+    def owes_gap(self) -> bool:
+        return self.lost or self.missed > 0
+
 
 class Fanout:
     def __init__(self, metrics: Metrics, *, id_prefix: str) -> None:
@@ -132,12 +136,16 @@ class Fanout:
         return encode_frame(OPCODE_TEXT, protocol.encode_gap(missed))
 
     async def served(self, classroom_ids: Iterable[UUID]) -> None:
-        """Return when the agents of these classrooms have been sent all that has come for them by now."""
+        """Return when the agents of these classrooms have been sent all that has come for them by now, or that it is missing."""
         found = [self._classrooms.get(str(classroom_id)) for classroom_id in set(classroom_ids)]
-        rooms = [(classroom.room, classroom.room.events_taken) for classroom in found if classroom is not None]
-        for room, taken in rooms:
-            # Mostly true at once; a callback would cost something at every event.
-            while room.events_served < taken:  # noqa: ASYNC110
+        classrooms = [(classroom, classroom.room.events_taken) for classroom in found if classroom is not None]
+        # Mostly true at once; a callback would cost something at every event.
+        for classroom, taken in classrooms:
+            room, last = classroom.room, taken
+            while classroom.owes_gap and len(room):
+                await asyncio.sleep(POLL_S)
+                last = room.events_taken  # the gap is an event of the room too
+            while room.events_served < last:  # noqa: ASYNC110
                 await asyncio.sleep(POLL_S)
 
     # --- events
@@ -191,7 +199,7 @@ class Fanout:
             self._tell_gap(classroom, "outage")
 
     def _tell_gap(self, classroom: Classroom, cause: str) -> None:
-        if not (classroom.lost or classroom.missed):
+        if not classroom.owes_gap:
             return
         gap = protocol.encode_gap(None if classroom.lost else classroom.missed)
         # A room that refuses this too calls on_room_drained later: nothing is forgotten until then.

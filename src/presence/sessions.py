@@ -272,9 +272,17 @@ class Sessions:
                 self._store.close_later(session_id, reasons.LOST.type, ended_at)
 
     def remove(self, classroom_id: UUID, agent_id: str, session_id: int | None = None) -> bool:
-        """End an agent's session for an operator; False when it is not here."""
+        """End an agent's session for an operator; False when it is not here, or may have moved: its row tells.
+
+        With `session_id` the row is this replica's.
+        """
         agent = self._fanout.agent_in(classroom_id, agent_id)
-        if agent is None or session_id not in (None, agent.session_id):
+        if agent is None:
+            return False
+        if session_id is None:
+            if agent.session_id in self._moving:
+                return False
+        elif agent.session_id not in (0, session_id):  # 0: it is on its way in
             return False
         self._end(agent, reasons.REMOVED)
         return True

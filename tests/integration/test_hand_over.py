@@ -233,6 +233,70 @@ async def test_what_has_come_is_served_when_it_is_in_the_sockets(move: Move) -> 
     assert move.old.app.hub.stats()["counters"]["sends"] == sends
 
 
+async def test_what_is_missing_is_told_before_all_is_served(
+    tmp_path: Path, nats_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("presence.fanout.POLL_S", 0)  # looked at in every turn of the loop
+    async with running_gateway(tmp_path, nats_url, database_url, max_room_queue_bytes=10_000) as gateway:
+        agent, _ = await gateway.join("alice")
+        fanout = gateway.app.fanout
+        for number in range(500):
+            fanout.on_message(f"classrooms.{gateway.classroom_id}.chat", b"%d" % number, None)
+        await fanout.served([UUID(gateway.classroom_id)])
+        sends = gateway.app.hub.stats()["counters"]["sends"]
+        count = 0
+        while (message := await agent.hear())["type"] == "event":
+            count += 1
+        assert message == {"type": "gap", "payload": {"missed": 500 - count}}
+        assert gateway.app.hub.stats()["counters"]["sends"] == sends
+
+
+def path_of(move: Move) -> str:
+    return f"/api/v1/classrooms/{move.old.classroom_id}/agents/web.alice.presence"
+
+
+async def test_who_has_moved_is_removed_where_it_is(move: Move) -> None:
+    first, _ = await move.old.join("alice")
+    draining = asyncio.create_task(move.old.app.drain())
+    assert (await first.hear())["payload"]["type"] == "terminated"
+    second, success = await move.new.join("alice")
+    assert (await move.old.http("DELETE", path_of(move))).status_code == 204
+    assert await second.error() == ("removed", 4507)
+    assert await move.new.reason_of(success["session_id"]) == "removed"
+    await first.socket.close()
+    assert await within(draining, 10)
+
+
+async def test_who_is_about_to_move_is_removed_where_it_is(move: Move) -> None:
+    first, success = await move.old.join("alice")
+    draining = asyncio.create_task(move.old.app.drain())
+    assert (await first.hear())["payload"]["type"] == "terminated"
+    wanted = Elsewhere(success["session_id"], UUID(move.old.classroom_id), success["agent_id"])
+    assert (await move.new.app.owners.ask(move.old.app.replica_id, [wanted])).delivering
+    assert (await move.old.http("DELETE", path_of(move))).status_code == 204
+    assert await move.new.reason_of(success["session_id"]) == "removed"
+    await first.ended()
+    assert await within(draining, 10)
+
+
+async def test_who_is_on_its_way_in_is_removed_through_any_replica(move: Move) -> None:
+    first, second = await move.begin()
+    move.database.silent = False
+    await within(move.asked.wait())
+    [row] = await move.new.rows()
+    wanted = Elsewhere(row["id"], row["classroom_id"], row["agent_id"])
+    assert await move.new.app.owners.remove(row["replica_id"], wanted)  # as any replica asks
+    move.link.silent = False
+    first.socket.transport.abort()
+    await second.ended()
+    await eventually(lambda: _is_empty(move.new))
+    await move.end()
+
+
+async def _is_empty(gateway: Running) -> bool:
+    return await gateway.rows() == []
+
+
 class Mover:
     """A good client: it moves when it is told to, and hangs up on the success."""
 
