@@ -67,6 +67,7 @@ class App:
             raise ConfigError(
                 "nats_url and database_url are needed here: the embedded servers are somebody else's to start"
             )
+        meanwhile = await stack.enter_async_context(AsyncExitStack())  # awaited when all the others have ended
         authenticator = await Authenticator.open(settings, metrics=metrics)
         stack.push_async_callback(authenticator.close)
         authorizer = Authorizer(settings, metrics=metrics)
@@ -119,7 +120,8 @@ class App:
         stack.push_async_callback(self.gateway.close)
         self.http_api = HttpApi(settings, self.store, self.sessions, self.owners, metrics, ready=self.is_ready)
         await self.http_api.open()
-        stack.push_async_callback(self.http_api.close)
+        meanwhile.push_async_callback(self.http_api.close)
+        stack.callback(self.http_api.stop)  # a tenth of a second or two, in which the others end
         self.started = True
 
     def _open_hub(self) -> None:

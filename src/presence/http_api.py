@@ -130,9 +130,14 @@ class HttpApi:
         assert self._socket is not None
         return int(self._socket.getsockname()[1])
 
-    async def close(self) -> None:
-        if self._server is not None and self._serving is not None:
+    def stop(self) -> None:
+        """Take no more connections; `close` waits for those that are there."""
+        if self._server is not None:
             self._server.should_exit = True
+
+    async def close(self) -> None:
+        self.stop()
+        if self._serving is not None:
             await self._serving
         if self._socket is not None:
             self._socket.close()
