@@ -11,7 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
@@ -52,10 +52,14 @@ class Gone(SessionError):
 
 @dataclass(frozen=True, slots=True)
 class Parked:
-    """How a session ended whose row is kept for a while."""
+    """How a session ended whose row is kept for a while.
+
+    `delivering`: the replica where its agent goes on hearing its events, if it was on its way from there.
+    """
 
     reason: str
     ended_at: datetime
+    delivering: UUID | None = None
 
 
 class Turns:
@@ -170,6 +174,9 @@ class Sessions:
         # The session is silent to the others when it goes on: from a connection here, or from another replica. One
         # that had to be made anew is not, predecessor or not: they have been told that the old one is over.
         silent = session.outcome != "created"
+        parked = self._parked.pop(session.session_id, None)
+        if parked is not None:
+            session = replace(session, delivering=parked.delivering)
         if not silent:
             self._unannounced.add(session.session_id)
         try:
@@ -180,6 +187,10 @@ class Sessions:
             if predecessor is not None:
                 self._forget(predecessor)
             reason = error.reason if isinstance(error, SessionError) else reasons.INTERNAL_ERROR
+            if session.delivering is not None and not self._parking_is_over:
+                # Its agent may still be where it came from, and comes again: the others hear nothing until it has not.
+                self._park_on_its_way(agent, session, reason)
+                raise
             # Not awaited: the agent is told now. Should it come again at once, its new row waits for this close.
             is_secret = session.session_id in self._unannounced
             self._unannounced.discard(session.session_id)
@@ -236,7 +247,8 @@ class Sessions:
         key = classroom_id, agent_id
         await self._turns.take(key)
         try:
-            is_held = self._parked.pop(session_id, None) is not None
+            parked = self._parked.pop(session_id, None)
+            is_held = parked is not None
             agent = self._fanout.agent_in(classroom_id, agent_id)
             if agent is not None and agent.session_id == session_id:
                 if agent.told:
@@ -249,7 +261,10 @@ class Sessions:
                 self._let_go[key] = session_id
                 asyncio.get_running_loop().call_later(LET_GO_S, self._close_let_go, key, session_id, datetime.now(UTC))
             is_untold = self._store.is_untold(classroom_id, agent_id, session_id)
-            return Released(was_told=session_id not in self._unannounced and not is_untold)
+            # Where its agent goes on hearing its events is too far back: whoever has it now learns that nobody here can vouch.
+            was_moving = parked is not None and parked.delivering is not None
+            was_told = session_id not in self._unannounced and not is_untold
+            return Released(was_told=was_told, delivering=was_moving)
         finally:
             self._turns.give(key)
 
@@ -383,6 +398,23 @@ class Sessions:
                     await self._store.close_session(agent.session_id, reason.type, ended_at)
                 else:
                     self._parked[agent.session_id] = Parked(reason.type, ended_at)
+        finally:
+            self._turns.give(key)
+
+    def _park_on_its_way(self, agent: Agent, session: OpenedSession, reason: Reason) -> None:
+        """The agent has got no success: it has LET_GO_S to come again, here or elsewhere."""
+        assert agent.classroom_id is not None
+        key, session_id = (agent.classroom_id, agent.agent_id), session.session_id
+        end = self._parked[session_id] = Parked(reason.type, datetime.now(UTC), session.delivering)
+        loop = asyncio.get_running_loop()
+        loop.call_later(LET_GO_S, lambda: self._steps.spawn(self._close_on_its_way(key, session_id, end)))
+
+    async def _close_on_its_way(self, key: Key, session_id: int, end: Parked) -> None:
+        await self._turns.take(key)
+        try:
+            if self._parked.get(session_id) is end:
+                del self._parked[session_id]
+                await self._store.close_session(session_id, end.reason, end.ended_at)
         finally:
             self._turns.give(key)
 

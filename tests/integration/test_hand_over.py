@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 import pytest
-from running import Agent, Running, running_gateway
+from running import Agent, Overheard, Running, running_gateway
 from websockets.exceptions import ConnectionClosed
 
 from presence.fanout import MAX_HELD_BYTES
@@ -220,6 +220,46 @@ async def test_a_session_that_fails_on_its_way_is_not_held_for(move: Move) -> No
     await move.publish(2)
     assert numbers([await third.hear()]) == [2]
     await move.end()
+
+
+@pytest.mark.parametrize("returns", [True, False])
+async def test_who_fails_on_its_way_and_comes_again_has_neither_left_nor_entered(move: Move, returns: bool) -> None:
+    overheard = await Overheard(move.new.nats).listen(f"classrooms.{move.new.classroom_id}.agent")
+    first, second = await move.begin()
+    move.database.silent = False
+    await within(move.asked.wait())
+    second.socket.transport.abort()
+    await eventually(lambda: not move.new.app.fanout._classrooms, 2)
+    move.link.silent = False
+    [row] = await move.new.rows()
+    if returns:
+        _, success = await move.new.join("alice")
+        assert success["session_id"] == row["id"]
+        sample = move.new.app.metrics.registry.get_sample_value
+        assert sample("presence_hand_overs_total", {"outcome": "proven"}) == 1
+    else:
+        assert await within(move.new.reason_of(row["id"]), 10) == "lost"
+    await left(first)
+    await move.end()
+    assert [kind for kind, _ in overheard.events()] == ["agent.enter"] + ([] if returns else ["agent.leave"])
+
+
+async def test_who_fails_on_its_way_and_goes_elsewhere_is_told_that_it_may_have_missed_something(
+    move: Move, tmp_path: Path, nats_url: str, database_url: str
+) -> None:
+    first, second = await move.begin()
+    move.database.silent = False
+    await within(move.asked.wait())
+    second.socket.transport.abort()
+    await eventually(lambda: not move.new.app.fanout._classrooms, 2)
+    async with running_gateway(tmp_path, nats_url, database_url, signer=move.old.signer, **OPTIONS) as last:
+        last.classroom_id = move.old.classroom_id
+        third, _ = await last.join("alice")
+        assert await third.hear() == {"type": "gap", "payload": {"missed": None}}
+        move.link.silent = False
+        await left(first)
+        await move.end()
+        assert [row["replica_id"] for row in await last.rows()] == [last.app.replica_id]
 
 
 async def test_what_has_come_is_served_when_it_is_in_the_sockets(move: Move) -> None:
