@@ -202,7 +202,13 @@ async def serve(settings: Settings, *, ready: Callable[[App], None] | None = Non
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
-    log.info("serving", port=app.gateway.port, http_port=app.http_api.port, replica_id=str(app.replica_id))
+    log.info(
+        "serving",
+        port=app.gateway.port,
+        http_port=app.http_api.port,
+        replica_id=str(app.replica_id),
+        sends_in_bulk=app.hub.sends_in_bulk,
+    )
     if ready is not None:
         ready(app)
     await signalled.wait()
