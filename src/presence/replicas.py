@@ -108,15 +108,18 @@ class Owners:
 
     async def _prove_delivered(self, owner: UUID, moving: list[tuple[Key, asyncio.Future[bool]]]) -> None:
         payload = orjson.dumps([[str(classroom_id), agent_id] for (classroom_id, agent_id), _ in moving])
-        proofs: Sequence[bool] = [False] * len(moving)
+        proofs = [False] * len(moving)
         try:
-            proofs = orjson.loads(await self._bus.request(subject_of(owner, "delivered"), payload, OWNER_TIMEOUT_S))
-        except Unavailable:
-            log.warning("hand_over_unproven", limited=True, agents=len(moving), replica_id=str(owner))
+            answer = await self._bus.request(subject_of(owner, "delivered"), payload, OWNER_TIMEOUT_S)
+            proofs = _parse_proofs(answer, len(moving))
+        except (Unavailable, ValueError) as error:
+            log.warning(
+                "hand_over_unproven", limited=True, agents=len(moving), replica_id=str(owner), error=repr(error)
+            )
         finally:
-            for (_, answer), has_all in zip(moving, proofs, strict=True):
-                if not answer.done():
-                    answer.set_result(has_all)
+            for (_, waiter), has_all in zip(moving, proofs, strict=True):
+                if not waiter.done():
+                    waiter.set_result(has_all)
 
     async def remove(self, owner: UUID, session: Elsewhere) -> bool:
         """Have the owner end a session that an operator wants removed; raises Unavailable when it does not answer."""
@@ -171,6 +174,14 @@ class Owners:
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
         return task
+
+
+def _parse_proofs(answer: bytes, count: int) -> list[bool]:
+    """Raises ValueError when it is not so many proofs."""
+    proofs = orjson.loads(answer)
+    if not isinstance(proofs, list) or len(proofs) != count:
+        raise ValueError(f"no answer for {count} agents")
+    return [proof is True for proof in proofs]
 
 
 class Lease:

@@ -7,6 +7,8 @@ import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 from running import Agent, Overheard, Running, running_gateway
@@ -141,6 +143,18 @@ async def test_who_does_not_come_back_has_left_when_the_drain_ends(
     await eventually(lambda: len(overheard.messages) == 2)
     [row] = await one.history()
     assert row["ended"].timestamp() <= time.time() - (time.monotonic() - closed) + 0.1
+
+
+@pytest.mark.parametrize("answer", [b"[]", b"{}", b"7", b"[1]", b"not JSON", b"[true, true]"])
+async def test_an_answer_that_is_none_proves_nothing(one: Running, answer: bytes) -> None:
+    owner = uuid4()
+
+    async def respond(message: Any) -> None:
+        await message.respond(answer)
+
+    await one.nats.subscribe(f"presence.replica.{owner}.delivered", cb=respond)
+    await one.nats.flush()
+    assert await within(one.app.owners.delivered(owner, UUID(one.classroom_id), "web.alice.presence")) is False
 
 
 async def test_an_agent_is_removed_through_any_replica(one: Running, two: Running) -> None:
