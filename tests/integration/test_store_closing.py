@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 from store_kit import ROOM, NewReplica, Replica, Tables, ask_nobody, now
 
-from presence.errors import SessionError
+from presence.errors import SessionError, Unavailable
 from presence.metrics import Metrics
 from presence.store import ClosedSession, Store
 from servers import PostgresDatabase
@@ -75,6 +75,39 @@ async def test_the_others_are_told_before_history_shows_it(postgres: PostgresDat
         assert await store.close_session(opened.session_id, "closed", now())
         assert seen == ["0"]
         assert postgres.psql("SELECT count(*) FROM agent_session_history", database_url) == "1"
+    finally:
+        await store.close()
+
+
+async def test_a_leave_that_was_proven_is_not_told_again(database_url: str, tables: Tables) -> None:
+    told: list[ClosedSession] = []
+    attempts = 0
+
+    async def confirm() -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 1:  # the COMMIT that follows fails
+            await tables.connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND state = 'idle in transaction'"
+            )
+        elif attempts == 2:
+            raise Unavailable("NATS is away")
+
+    store = await Store.open(
+        database_url,
+        uuid.uuid4(),
+        "test",
+        on_owned=told.extend,
+        ask_owner=ask_nobody,
+        metrics=Metrics(),
+        confirm=confirm,
+    )
+    try:
+        opened = await store.open_session("web.alice.aud", ROOM)
+        assert await within(store.close_session(opened.session_id, "closed", now()))
+        assert attempts == 3
+        assert [each.session_id for each in told] == [opened.session_id]
     finally:
         await store.close()
 

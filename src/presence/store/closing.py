@@ -219,9 +219,9 @@ class Closings:
             if any(c.was_told and c.key not in moved | locked for c in part):
                 # The COMMIT of an earlier attempt may have succeeded after all.
                 moved.update(row[0] for row in await connection.fetch(sql.FIND_MOVED, ids, ends, whys))
-            self._tell(part, rows)
+            told = self._tell(part, rows)
             if rows and not is_secret:
-                await self._confirm_told(part)
+                await self._confirm_told(told)
             status = await connection.execute("COMMIT")
             if status != "COMMIT":
                 raise TryAgain(status)
@@ -233,25 +233,27 @@ class Closings:
             else:
                 self._settle(close, close.key in moved)
 
-    async def _confirm_told(self, part: list[Close]) -> None:
+    async def _confirm_told(self, told: list[Close]) -> None:
         try:
             await within_proof(self._confirm)
         except TryAgain as error:
-            raise self._untold(part) from error
+            raise self._untold(told) from error
 
-    def _untold(self, part: list[Close]) -> TryAgain:
-        """What was told may not have left: it is told again, if the row is still ours then."""
-        for close in part:
+    def _untold(self, told: list[Close]) -> TryAgain:
+        """What was told just now may not have left: it is told again, if the row is still ours then."""
+        for close in told:
             close.was_told = False
         return TryAgain("The others cannot be told")
 
-    def _tell(self, part: list[Close], rows: list[asyncpg.Record]) -> None:
+    def _tell(self, part: list[Close], rows: list[asyncpg.Record]) -> list[Close]:
+        """Tell of those that no earlier attempt has told of, and return these."""
         by_id = {close.key: close for close in part}
-        told = []
+        told, newly = [], []
         for session_id, agent_id, classroom_id, started_at in rows:
             close = by_id[session_id]
             if not close.was_told:
                 close.was_told = True
+                newly.append(close)
                 if not close.is_secret:
                     ended_at = max(started_at, close.ended_at)
                     told.append(ClosedSession(session_id, agent_id, classroom_id, started_at, ended_at, close.reason))
@@ -259,10 +261,11 @@ class Closings:
             try:
                 self._on_owned(told)
             except Unavailable as error:
-                raise self._untold(part) from error
+                raise self._untold(newly) from error
             except Exception as error:
                 # The rows are true all the same: a fault over there must not keep them from history.
                 log.exception("on_owned_failed", limited=True, error=repr(error))
+        return newly
 
     # --- answers
 
