@@ -147,7 +147,7 @@ class Sessions:
                 raise Gone
             if (let_go := self._let_go.get(key)) is not None:
                 # To carry it on would lose it to whoever asked for it, unnoticed: this will be a new one.
-                await self._store.close_session(let_go, reasons.REPLACED.type, datetime.now(UTC))
+                await self._store.close_session(let_go, reasons.LOST.type, datetime.now(UTC))
                 self._let_go.pop(key, None)
             predecessor = self._fanout.agent_in(agent.classroom_id, agent.agent_id)
             if predecessor is not None:
@@ -169,7 +169,7 @@ class Sessions:
             session = await self._store.open_session(agent.agent_id, agent.classroom_id, is_there=lambda: agent.is_open)
         except BaseException:
             if predecessor is not None:  # its session has nobody now, unless the next in turn carries it on
-                self._steps.spawn(self.leave(predecessor, reasons.REPLACED))
+                self._steps.spawn(self.leave(predecessor, reasons.LOST))
             raise
         # The session is silent to the others when it goes on: from a connection here, or from another replica. One
         # that had to be made anew is not, predecessor or not: they have been told that the old one is over.

@@ -145,7 +145,7 @@ async def test_a_session_that_was_let_go_and_not_taken_ends_within_seconds(one: 
 async def test_who_comes_back_before_its_session_is_taken_elsewhere_is_not_left_without_a_row(
     one: Running, two: Running
 ) -> None:
-    await one.join("alice")
+    _, first = await one.join("alice")
     newcomer = await two.dial()
     openings = two.app.store._openings
     ask, asked, go_on = openings._ask_owner, asyncio.Event(), asyncio.Event()
@@ -165,6 +165,7 @@ async def test_who_comes_back_before_its_session_is_taken_elsewhere_is_not_left_
     assert await again.error() == ("replaced", 4505)
     [row] = await one.rows()
     assert row["replica_id"] == two.app.replica_id
+    assert await one.reason_of(first["session_id"]) == "lost"  # the others were told that it is over
 
 
 async def test_a_row_made_while_its_replica_is_being_swept_is_swept_too(database_url: str) -> None:
