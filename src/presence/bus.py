@@ -178,10 +178,13 @@ class Bus:
     # --- replicas among themselves
 
     async def serve(self, subject: str, answer: Answer) -> None:
-        """Answer the requests on a subject, on this connection and on those that follow it."""
+        """Answer the requests on a subject, on this connection and on those that follow it; raises Unavailable."""
         self._services[subject] = answer
         if self._client is not None:
-            await self._serve(self._client, subject, answer)
+            try:
+                await self._serve(self._client, subject, answer)
+            except NatsError as error:
+                raise Unavailable("NATS is away") from error
 
     def stop_serving(self, subject: str) -> None:
         """Nobody asks there any more."""
