@@ -104,6 +104,7 @@ class Bus:
         self._metrics = metrics
         self._client: Client | None = None
         self._lost = asyncio.Event()
+        self._there = asyncio.Event()
         self._topics: dict[UUID, Topic] = {}
         self._services: dict[str, Answer] = {}
         self._served: dict[str, Subscription] = {}  # of this connection
@@ -207,15 +208,29 @@ class Bus:
         except Exception as error:
             log.error("answer_failed", limited=True, error=repr(error), exc_info=error)
 
-    async def request(self, subject: str, payload: bytes, timeout_s: float) -> bytes:
-        """The answer to a request; raises Unavailable when nobody listens there, or does not answer in time."""
+    async def request(self, subject: str, payload: bytes, timeout_s: float, *, is_idempotent: bool = False) -> bytes:
+        """The answer to a request; raises Unavailable when nobody listens there, or does not answer in time.
+
+        `is_idempotent`: should the connection break meanwhile, it is asked once more, on the next one: the first may never
+        have left. That one has `timeout_s` to be there, and then as long again for the answer.
+        """
         client = self._client
         if client is None:
             raise Unavailable("NATS is away")
         try:
             return (await client.request(subject, payload, timeout=timeout_s)).data
         except (NatsError, OSError) as error:
+            if is_idempotent and client is not self._client:
+                await self._connected_again(timeout_s)
+                return await self.request(subject, payload, timeout_s)
             raise Unavailable("No answer") from error
+
+    async def _connected_again(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._there.wait()
+        except TimeoutError as error:
+            raise Unavailable("NATS is away") from error
 
     # --- publishing
 
@@ -344,6 +359,7 @@ class Bus:
     def _use(self, client: Client) -> None:
         """From now on this one; its subscriptions are active when its first echo is back."""
         self._client = client
+        self._there.set()
         self._outbox = Outbox(
             client,
             self._echo_subject,
@@ -360,6 +376,7 @@ class Bus:
         client, self._client = self._client, None
         outbox, self._outbox = self._outbox, None
         self._lost.set()
+        self._there.clear()
         self._was_deaf = True
         if outbox is not None:
             outbox.close()

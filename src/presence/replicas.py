@@ -79,7 +79,8 @@ class Owners:
         let_go = LetGo(silent=frozenset(each.session_id for each in sessions))
         payload = orjson.dumps([[each.session_id, str(each.classroom_id), each.agent_id] for each in sessions])
         try:
-            answer = orjson.loads(await self._bus.request(subject_of(owner, "release"), payload, OWNER_TIMEOUT_S))
+            subject = subject_of(owner, "release")
+            answer = orjson.loads(await self._bus.request(subject, payload, OWNER_TIMEOUT_S, is_idempotent=True))
             let_go = LetGo(*(frozenset(answer[what]) for what in ("untold", "delivering", "silent")))
             outcome = "answered"
         except Unavailable:

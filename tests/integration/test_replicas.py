@@ -8,11 +8,13 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
 import pytest
 from running import Agent, Overheard, Running, running_gateway
 
+from proxy import Proxy
 from servers import PostgresDatabase
 from waiting import eventually, within
 
@@ -164,6 +166,38 @@ async def test_an_agent_is_removed_through_any_replica(one: Running, two: Runnin
     assert await agent.error() == ("removed", 4507)
     assert await one.reason_of(success["session_id"]) == "removed"
     assert (await two.http("DELETE", path)).status_code == 404
+
+
+async def test_an_owner_is_asked_again_when_the_request_may_not_have_left(
+    one: Running, tmp_path: Path, nats_url: str, database_url: str
+) -> None:
+    port = urlsplit(nats_url).port
+    assert port
+    async with (
+        Proxy(port) as link,
+        running_gateway(tmp_path, f"nats://127.0.0.1:{link.port}", database_url, signer=one.signer, **OPTIONS) as new,
+    ):
+        new.classroom_id = one.classroom_id
+        asking = asyncio.Event()
+
+        def hold(data: bytes) -> bool:
+            if b".release " not in data:
+                return False
+            link.silent = True
+            asking.set()
+            return True
+
+        first, _ = await one.join("alice")
+        link.loses_answer_to = hold
+        second = await new.dial()
+        await second.say(new.request("alice"))
+        await within(asking.wait())
+        link.cut()
+        await eventually(lambda: not new.app.bus.connected)
+        link.silent = False
+        assert await first.error() == ("replaced", 4505)
+        assert (await second.hear())["type"] == "connect_success"
+        await new.reconnect_nats()
 
 
 def expire(gateway: Running, postgres: PostgresDatabase, database_url: str) -> None:
