@@ -36,7 +36,7 @@ OnGap = Callable[[], None]
 Answer = Callable[[bytes], Awaitable[bytes]]
 
 CONNECT_TIMEOUT_S: Final = 3.0
-STUCK_AFTER_S: Final = 8.0  # an echo that is out for longer: the client is replaced
+STUCK_AFTER_S: Final = 7.0  # an echo that is out for longer, at the second look: the client is replaced
 WATCH_INTERVAL_S: Final = 4.0  # an idle connection is proven this often
 FIRST_BACKOFF_S: Final = 0.1
 MAX_BACKOFF_S: Final = 2.0
