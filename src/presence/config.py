@@ -140,7 +140,7 @@ class Settings(BaseSettings):
         description="Sockets at once. Default: the descriptor limit less what else needs one.",
     )
     max_handshakes: Count = Field(1_024, description="HTTP upgrades in flight at once.")
-    max_connects_in_flight: Count = Field(1_024, description="connect_requests being served at once.")
+    max_connects_in_flight: Count = Field(512, description="connect_requests being served at once.")
     max_message_bytes: Bytes = Field(65_536, description="Largest message of an agent.")
     max_backlog_bytes: Bytes = Field(262_144, description="Unsent bytes of one agent before it is a slow consumer.")
     max_room_queue_bytes: Bytes = Field(8_388_608, description="Events of one classroom that wait to be sent.")
