@@ -38,7 +38,7 @@ SETTLE_S = 30.0
 RSS_SLACK_BYTES = 8 << 20  # what the allocator may keep in other places than before
 RSS_BYTES_A_LIFE = 100
 CUT_OFF_SHARE = 0.1
-REPLICA = Path(__file__).resolve().parent / "replica.py"
+REPLICA = Path(__file__).resolve().parent / "soaked.py"
 
 
 class Replica:

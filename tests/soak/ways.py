@@ -16,8 +16,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from raw import Raw, dialled, frame, head
-from replica import AUTH_TIMEOUT_S
 from running import Signer
+from soaked import AUTH_TIMEOUT_S
 from websockets.frames import Opcode
 
 from waiting import within

@@ -3,7 +3,7 @@
 Owns the reading of sizes: of every table of the replica's parts, whatever it is called, of memory and of descriptors. Knows
 nothing of what the replica goes through.
 
-    python tests/soak/replica.py NATS_URL DATABASE_URL JWKS_FILE
+    python tests/soak/soaked.py NATS_URL DATABASE_URL JWKS_FILE
 """
 
 from __future__ import annotations
