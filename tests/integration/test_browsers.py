@@ -70,8 +70,21 @@ class Site:
     def __init__(self, page: str) -> None:
         self.page = page.encode()
         self.reports: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.open_connections: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.open_connections[task] = writer
+        try:
+            await self.answer(reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # browsers open connections that they may never use
+        finally:
+            del self.open_connections[task]
+            writer.close()
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         request = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
         body = b""
         if request.startswith("post /report "):
@@ -82,7 +95,6 @@ class Site:
         kind = f"Content-Type: text/html\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         writer.write(b"HTTP/1.1 200 OK\r\n" + kind.encode() + body)
         await writer.drain()
-        writer.close()
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[int]:
@@ -91,6 +103,11 @@ class Site:
             yield server.sockets[0].getsockname()[1]
         finally:
             server.close()
+            await asyncio.sleep(0)  # who was let in a moment ago is being served then
+            serving = list(self.open_connections.items())
+            for _, writer in serving:
+                writer.transport.abort()
+            await asyncio.gather(*(task for task, _ in serving))
 
 
 @contextmanager
