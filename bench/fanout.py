@@ -2,7 +2,7 @@
 
 nchan leaves Nagle's algorithm on: while a packet is not answered the kernel joins what comes behind it, and over loopback most
 of it. The hub does not (a frame would wait for the answer to the last one, over a real network for tens of milliseconds); what
-it would be without TCP_NODELAY is beside it, to be compared with nchan.
+it would be without TCP_NODELAY is beside it, to be compared with nchan; and what it would be without io_uring.
 
 nats-server joins events as it sees fit: it is measured with all of them at once, beside the others' bursts. nchan sends each on
 its own however they come: it is measured with all of them at once, one message each on one of its sockets.

@@ -43,15 +43,15 @@ class FanOut(Echo):
             asyncio.get_running_loop().call_soon(self.pump)
 
 
-async def serve(nagle: bool) -> None:
+async def serve(arguments: argparse.Namespace) -> None:
     handler = FanOut(heartbeat=False)
-    hub = Hub(handler)
+    hub = Hub(handler, bulk_sends=not arguments.one_by_one)
     handler.use(hub)
     loop = asyncio.get_running_loop()
     loop.add_reader(hub.fileno(), hub.on_readable)
     listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
     door = open_door(hub, listener)
-    if nagle:
+    if arguments.nagle:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
     print(f"listening on {door.port}", flush=True)
     await loop.create_future()
@@ -62,6 +62,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--nagle", action="store_true", help="without TCP_NODELAY: the kernel joins what is not answered yet"
     )
+    parser.add_argument("--one-by-one", action="store_true", help="a system call for each send, without io_uring")
     logging.basicConfig(level=logging.WARNING)
     gc.freeze()
-    uvloop.run(serve(parser.parse_args().nagle))
+    uvloop.run(serve(parser.parse_args()))

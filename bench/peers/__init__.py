@@ -16,6 +16,7 @@ UWEBSOCKETS = "uWebSockets (socketify)"
 NATS_SERVER = "nats-server ws"
 NCHAN = "nchan"
 BARE_C = "bare C, send(2)"
+PRESENCE_ONE_BY_ONE = "Presence without io_uring"
 PRESENCE_NAGLE = "Presence without TCP_NODELAY"
 
 NEEDS_MODULE = {PICOWS: "picows", WEBSOCKETS: "websockets", UWEBSOCKETS: "socketify"}
@@ -42,6 +43,7 @@ PING_SERVERS: dict[str, tuple[str, ...]] = {
 
 FANOUT_SERVERS: dict[str, tuple[str, ...]] = {
     PRESENCE: ("bench/fanout_server.py",),
+    PRESENCE_ONE_BY_ONE: ("bench/fanout_server.py", "--one-by-one"),
     PRESENCE_NAGLE: ("bench/fanout_server.py", "--nagle"),
     PICOWS: ("bench/peers/picows_fanout.py",),
     WEBSOCKETS: ("bench/peers/websockets_fanout.py",),

@@ -161,7 +161,7 @@ class Door:
         self._is_closed = False
         listening.setblocking(False)
         if listening.family != socket.AF_UNIX:
-            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # each accepted socket inherits it (tcp(7))
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # on Linux each accepted socket inherits it
         self._resume()
 
     @property

@@ -65,9 +65,8 @@ class TerminalAgent:
     chance: Callable[[], float] = random.random
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     _failures: int = 0
-    _previous: dict[asyncio.Task[None], ClientConnection] = field(
-        default_factory=dict, repr=False
-    )  # gateways that go away
+    # The sockets of gateways that go away, by who listens on them.
+    _previous: dict[asyncio.Task[None], ClientConnection] = field(default_factory=dict, repr=False)
     _hanging_up: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
     _shown_ids: dict[str, None] = field(default_factory=dict, repr=False)  # of the last events, oldest first
 

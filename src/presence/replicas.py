@@ -263,9 +263,8 @@ class Lease:
             await self._come_back(replica_id)
         self._renewed_at = started
         self._steady_since = self._clock() if self._steady_since is None else self._steady_since
-        if (
-            renewed and self._must_reconcile
-        ):  # the lease is renewed whatever becomes of this; should it fail, it is done again
+        # The lease is renewed whatever becomes of this; should it fail, it is done again.
+        if renewed and self._must_reconcile:
             self._reconciled_at = started
             await self._reconcile()
             self._must_reconcile = False

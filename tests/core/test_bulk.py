@@ -16,11 +16,6 @@ from presence_core.hub import Hub, Room
 MEMBERS = 200
 
 
-@pytest.fixture
-def handler() -> Handler:
-    return Handler()
-
-
 @pytest.fixture(params=[True, False], ids=["in bulk", "one by one"])
 def hub(request: pytest.FixtureRequest, handler: Handler) -> Iterator[Hub]:
     hub = new_hub(handler, bulk_sends=request.param, max_backlog_bytes=300_000)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,18 +16,6 @@ from scene import Scene
 from peers import OPCODE_BINARY, OPCODE_CLOSE, OPCODE_PING, OPCODE_TEXT, Handler, Peer, masked, new_hub, turn_until
 from presence_core.frames import encode_frame
 from presence_core.hub import Connection, Hub, Room
-
-
-@pytest.fixture
-def handler() -> Handler:
-    return Handler()
-
-
-@pytest.fixture
-def hub(handler: Handler) -> Iterator[Hub]:
-    hub = new_hub(handler, close_timeout_ms=100)
-    yield hub
-    hub.close()
 
 
 def close_others(scene: Scene) -> None:

@@ -5,26 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from peers import OPCODE_PONG, OPCODE_TEXT, Handler, Peer, new_hub, turn_until
 from presence_core.frames import encode_frame
 from presence_core.hub import Connection, Hub
-
-
-@pytest.fixture
-def handler() -> Handler:
-    return Handler()
-
-
-@pytest.fixture
-def hub(handler: Handler) -> Iterator[Hub]:
-    hub = new_hub(handler, close_timeout_ms=100)
-    yield hub
-    hub.close()
-
 
 # --- finalisers
 

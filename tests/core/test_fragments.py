@@ -27,11 +27,6 @@ EMPTY = masked(CONTINUATION, fin=False)
 
 
 @pytest.fixture
-def handler() -> Handler:
-    return Handler()
-
-
-@pytest.fixture
 def hub(handler: Handler) -> Iterator[Hub]:
     hub = new_hub(handler, messages_per_s=1e-6, message_burst=BURST, close_timeout_ms=10_000)
     yield hub

@@ -30,11 +30,6 @@ CLOSE_3000 = masked(OPCODE_CLOSE, (3000).to_bytes(2))
 
 
 @pytest.fixture
-def handler() -> Handler:
-    return Handler()
-
-
-@pytest.fixture
 def hub(handler: Handler) -> Iterator[Hub]:
     hub = new_hub(handler, max_backlog_bytes=BOUND, close_timeout_ms=10_000)
     yield hub

@@ -17,11 +17,6 @@ LATE_S = 0.5  # a busy machine may be that late; being early is never allowed
 
 
 @pytest.fixture
-def handler() -> Handler:
-    return Handler()
-
-
-@pytest.fixture
 def hub(handler: Handler) -> Iterator[Hub]:
     hub = new_hub(handler, ping_interval_ms=60, pong_timeout_ms=40)
     yield hub

@@ -28,11 +28,6 @@ from presence_core.hub import Connection, Hub
 
 
 @pytest.fixture
-def handler() -> Handler:
-    return Handler()
-
-
-@pytest.fixture
 def hub(handler: Handler) -> Iterator[Hub]:
     hub = new_hub(handler)
     yield hub

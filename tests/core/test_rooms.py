@@ -15,11 +15,6 @@ MEMBERS_PER_TURN = 64  # of the hub: with a slice of next to nothing, a turn ser
 
 
 @pytest.fixture
-def handler() -> Handler:
-    return Handler()
-
-
-@pytest.fixture
 def hub(handler: Handler) -> Iterator[Hub]:
     hub = new_hub(handler)
     yield hub

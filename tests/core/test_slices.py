@@ -19,11 +19,6 @@ MEMBERS_PER_TURN = 64
 
 
 @pytest.fixture
-def handler() -> Handler:
-    return Handler()
-
-
-@pytest.fixture
 def hub(handler: Handler) -> Iterator[Hub]:
     hub = new_hub(handler, max_backlog_bytes=300_000, max_room_queue_bytes=1 << 30)
     yield hub

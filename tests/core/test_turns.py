@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,19 +12,6 @@ import pytest
 from peers import OPCODE_CLOSE, OPCODE_TEXT, Handler, Peer, masked, new_hub, tcp_pair, turn_until
 from presence_core.frames import encode_frame
 from presence_core.hub import Connection, Hub
-
-
-@pytest.fixture
-def handler() -> Handler:
-    return Handler()
-
-
-@pytest.fixture
-def hub(handler: Handler) -> Iterator[Hub]:
-    hub = new_hub(handler, close_timeout_ms=100)
-    yield hub
-    hub.close()
-
 
 # --- closing the hub
 
