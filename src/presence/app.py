@@ -67,7 +67,6 @@ class App:
             raise ConfigError(
                 "nats_url and database_url are needed here: the embedded servers are somebody else's to start"
             )
-        meanwhile = await stack.enter_async_context(AsyncExitStack())  # awaited when all the others have ended
         authenticator = await Authenticator.open(settings, metrics=metrics)
         stack.push_async_callback(authenticator.close)
         authorizer = Authorizer(settings, metrics=metrics)
@@ -120,8 +119,7 @@ class App:
         stack.push_async_callback(self.gateway.close)
         self.http_api = HttpApi(settings, self.store, self.sessions, self.owners, metrics, ready=self.is_ready)
         await self.http_api.open()
-        meanwhile.push_async_callback(self.http_api.close)
-        stack.callback(self.http_api.stop)  # a tenth of a second or two, in which the others end
+        stack.push_async_callback(self.http_api.close)
         self.started = True
 
     def _open_hub(self) -> None:

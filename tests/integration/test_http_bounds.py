@@ -251,3 +251,45 @@ def lateness(gateway: Running) -> tuple[int, int]:
     assert LATE_S in bounds_s
     on_time = sum(count for bound_s, count in zip(bounds_s, counts, strict=False) if bound_s <= LATE_S)
     return on_time, sum(counts) - on_time
+
+
+# --- the end
+
+
+async def answer_that_waits(gateway: Running) -> tuple[Any, asyncio.Task[Any]]:
+    """A transaction that holds the rows, and a request for them that is under way."""
+    held = gateway.database.transaction()
+    await held.start()
+    await gateway.database.execute("LOCK TABLE agent_session IN ACCESS EXCLUSIVE MODE")
+    asked = asyncio.create_task(gateway.http("GET", agents_path(gateway)))
+    await eventually(lambda: gateway.database.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+    return held, asked
+
+
+async def test_the_end_waits_for_an_answer_that_is_under_way(gateway: Running) -> None:
+    """And no longer; who is only connected is let go, and who comes then is refused."""
+    port = gateway.app.http_api.port
+    await insert_sessions(gateway, 3, gateway.classroom_id)
+    async with dialled(port) as (idle,):
+        held, asked = await answer_that_waits(gateway)
+        closing = asyncio.create_task(gateway.app.http_api.close())
+        assert await within(idle.reader.read()) == b""
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", port)
+    assert not closing.done()
+    await held.rollback()
+    answer = await within(asked)
+    answered = time.monotonic()
+    assert (answer.status_code, len(answer.json())) == (200, 3)
+    await within(closing)
+    assert time.monotonic() - answered < 0.08 * SCALE
+
+
+async def test_the_end_does_not_wait_for_ever(gateway: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_api, "LAST_ANSWERS_S", 0.2)
+    held, asked = await answer_that_waits(gateway)
+    began = time.monotonic()
+    await within(gateway.app.http_api.close())
+    assert 0.2 <= time.monotonic() - began < 0.5 * SCALE
+    await held.rollback()
+    assert (await within(asked)).status_code == 500
