@@ -7,7 +7,7 @@ it would be without TCP_NODELAY is beside it, to be compared with nchan; and wha
 nats-server joins events as it sees fit: it is measured with all of them at once, beside the others' bursts. nchan sends each on
 its own however they come: it is measured with all of them at once, one message each on one of its sockets.
 
-From the message that starts it to the last byte at the last member, all read by the same client. The bare C loop shows what
+From the message that starts it to the last byte at the last member, all of them one client's. The bare C loop shows what
 the kernel alone takes on this machine, in this run.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import tempfile
 
-from clients import Crowd, Outcome, text_frame
+from clients import Crowd, Outcome
 from figures import Figures
 from peers import BARE_C, FANOUT_SERVERS, NATS_SERVER, NCHAN, is_installed
 from processes import Server, compiled
@@ -23,12 +23,12 @@ from processes import Server, compiled
 IN_FLIGHT = 200
 PAYLOAD_BYTES = 190
 EVENT = b"x" * PAYLOAD_BYTES
-FRAME_BYTES = 4 + PAYLOAD_BYTES
 BURST = 10
 
 NATS_HELLO = b'CONNECT {"verbose":false}\r\nSUB room 1\r\n'
 NATS_PUB = b"PUB room %d\r\n%s\r\n" % (PAYLOAD_BYTES, EVENT)
 NATS_MSG_BYTES = len(b"MSG room 1 %d\r\n" % PAYLOAD_BYTES) + PAYLOAD_BYTES + 2
+NATS_PING = b"PING\r\n"
 NATS_QUIET_S = 0.3  # then all subscriptions are there, or all has come
 
 FRAMES = "fan-out, one by one"
@@ -48,7 +48,7 @@ def measure_fanout(figures: Figures, *, rounds: int, members: int, events: int) 
         for number in range(rounds):
             for who, command in servers.items():
                 if is_installed(who, figures):
-                    with Server(*command) as server, Crowd(server.port) as crowd:
+                    with Server(*command) as server, Crowd(server.port, members) as crowd:
                         _measure(figures, server, crowd, who, members, events)
                     rates = [
                         f"{name} {series[who].values[-1]:,.0f}/s"
@@ -59,29 +59,28 @@ def measure_fanout(figures: Figures, *, rounds: int, members: int, events: int) 
 
 
 def _measure(figures: Figures, server: Server, crowd: Crowd, who: str, members: int, events: int) -> None:
-    opened = crowd.connect(members, in_flight=IN_FLIGHT)
-    if opened.failures:
-        raise RuntimeError(f"{who}: {opened.failures}")
+    crowd.add_sockets(members)
+    crowd.connect(in_flight=IN_FLIGHT)
     if who == NATS_SERVER:
         _measure_nats(figures, server, crowd, events)
         return
     for figure, burst in ((FRAMES, 1), (BURSTS, BURST)):
         if who == NCHAN and burst > 1:
             continue
-        go = text_frame(EVENT) * events if who == NCHAN else text_frame(b"%d %d" % (events, burst))
+        message, times = (EVENT, events) if who == NCHAN else (b"%d %d" % (events, burst), 1)
         cpu_s = server.cpu_s()
-        outcome = crowd.drain(go, members * events * FRAME_BYTES)
+        outcome = crowd.hear(message, members * events * PAYLOAD_BYTES, times=times)
         _add(figures, figure, who, members * events, outcome, server.cpu_s() - cpu_s)
 
 
 def _measure_nats(figures: Figures, server: Server, crowd: Crowd, events: int) -> None:
     """Members that are NATS clients; one of them publishes everything at once."""
-    deliveries = len(crowd.members) * events
-    crowd.say(NATS_HELLO)
-    crowd.read_away(NATS_QUIET_S)
+    deliveries = len(crowd) * events
+    crowd.swarm.say(NATS_HELLO)
+    crowd.rest(NATS_QUIET_S)
     cpu_s = server.cpu_s()
-    frames_bytes = (2 + 8) * deliveries  # at the most: one WebSocket frame for each event
-    outcome = crowd.drain(text_frame(NATS_PUB * events), deliveries * NATS_MSG_BYTES, slack_bytes=frames_bytes)
+    slack_bytes = len(crowd) * len(NATS_PING)
+    outcome = crowd.hear(NATS_PUB * events, deliveries * NATS_MSG_BYTES, slack_bytes=slack_bytes)
     _add(figures, BURSTS, NATS_SERVER, deliveries, outcome, server.cpu_s() - cpu_s)
 
 

@@ -2,29 +2,28 @@
 
 The whole gateway over real servers, and as many agents as it can have: the crowd in one room, the others in rooms of 30. The
 crowd's classroom gets as many events as make a million deliveries a second, more than the gateway can send one by one: its hub
-is never done. A process of its own publishes to one of the small rooms at a fixed pace and reads at one of its agents; its
-latency runs from the publish to the read. The lateness of pings is the hub's own histogram of the same time, of all agents: the
-upper bound of the bucket with the p99.9.
+is never done. A process of its own publishes to one of the small rooms at a fixed pace and is all of its agents; its latency
+runs from the publish to the arrival at each. The lateness of pings is the hub's own histogram of the same time, of all agents:
+the upper bound of the bucket with the p99.9.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import select
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Self
 from urllib.request import urlopen
 
-from clients import Crowd, Member, Outcome
+from clients import READ_EVERY_MS, Crowd
 from figures import Figures
 from peers import PRESENCE
+from presence_swarm.histogram import Histogram
+from presence_swarm.swarm import now_ns
 from processes import ROOT, Server
 from sockets import AGENTS_PER_CLASSROOM, Tokens
 
@@ -37,11 +36,9 @@ PAYLOAD = b'"' + b"x" * 100 + b'"'
 IN_FLIGHT = 200
 ENTER_BYTES = 300  # at the most: what everyone in the crowd hears of each who comes
 ON_THE_WAY_BYTES = 64 << 20  # of that, at once: much more than the kernel gives to TCP would be gigabytes
-READ_EVERY_S = 0.01
-READ_BYTES = 1 << 18
+HEARD_S = 0.01  # nothing for so long: they have heard of each other
+LAST_EVENTS_S = 0.2
 PINGS_MIN = 500  # for a figure; of fewer than a thousand the p99.9 is the latest
-PING_INTERVAL_S = 240
-PONG_TIMEOUT_S = 239  # agents that have arrived only read: no pong is missed before all is over
 NATS_HELLO = b'CONNECT {"verbose":false}\r\n'
 
 QUIET_P99_MS = "event in a room of 30, quiet, p99"
@@ -59,19 +56,15 @@ def measure_flood(figures: Figures, *, rounds: int, crowd_size: int, agents: int
         crowd = [tokens.request(number, crowd_id) for number in range(crowd_size)]
         others = tokens.requests(max(0, agents - crowd_size - ROOM_MEMBERS))
         for number in range(rounds):
-            options = (
-                "--data-dir",
-                f"{folder}/{number}",
-                "--auth-keys",
-                tokens.path,
-                "--pong-timeout-s",
-                str(PONG_TIMEOUT_S),
-                "--ping-interval-s",
-                str(PING_INTERVAL_S),
-            )
-            with Server("bench/gateway_server.py", *options) as server, Audience(server.port) as audience:
-                audience.take_in(others)
-                audience.take_in_crowd(crowd)
+            options = ("--data-dir", f"{folder}/{number}", "--auth-keys", tokens.path)
+            with (
+                Server("bench/gateway_server.py", *options) as server,
+                Crowd(server.port, len(others) + len(crowd)) as audience,
+            ):
+                audience.add_agents(others)
+                audience.add_agents(crowd)
+                audience.connect(in_flight=IN_FLIGHT, count=len(others))
+                _take_in_crowd(audience, len(crowd))
                 _measure(figures, server, audience, crowd_size, crowd_id, _probe_requests(tokens, folder))
             p99, late, waited = (
                 figures.of(name)[PRESENCE].values[-1] for name in (FLOODED_P99_MS, PING_LATENESS_MS, WAITED)
@@ -83,54 +76,15 @@ def measure_flood(figures: Figures, *, rounds: int, crowd_size: int, agents: int
             )
 
 
-class Audience:
-    """Agents that read what comes, and throw it away: not even pings are answered."""
-
-    def __init__(self, port: int) -> None:
-        self.read_bytes = 0
-        self._port = port
-        self._members: dict[int, Member] = {}
-        self._poll = select.epoll()
-        self._space = bytearray(READ_BYTES)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for member in self._members.values():
-            member.sock.close()
-        self._poll.close()
-
-    def take_in(self, requests: Sequence[bytes]) -> None:
-        with Crowd(self._port) as newcomers:
-            outcome = newcomers.connect(len(requests), in_flight=IN_FLIGHT, first_messages=requests)
-            if outcome.failures or newcomers.lost:
-                raise RuntimeError(f"{newcomers.lost} lost, connects failed: {outcome.failures}")
-            for fd, member in newcomers.members.items():
-                self._poll.register(fd, select.EPOLLIN)
-                self._members[fd] = member
-            newcomers.members.clear()
-
-    def take_in_crowd(self, requests: Sequence[bytes]) -> None:
-        """At the pace at which they can hear of each other: ten thousand hear fifty million times that somebody came."""
-        taken = 0
-        while taken < len(requests):
-            count = max(1, min(IN_FLIGHT, ON_THE_WAY_BYTES // (ENTER_BYTES * max(1, taken))))
-            self.take_in(requests[taken : taken + count])
-            taken += count
-            self.read(READ_EVERY_S)
-        self.read(0.5)
-
-    def read(self, quiet_s: float, *, at_most_s: float = 10.0) -> None:
-        """Until nothing has come for so long; at a fixed pace, as `Crowd.drain` does and for the same reason."""
-        until = time.perf_counter() + at_most_s
-        while time.perf_counter() < until and (ready := self._poll.poll(quiet_s, len(self._members))):
-            for fd, _ in ready:
-                size = self._members[fd].sock.recv_into(self._space)
-                if size == 0:
-                    raise ConnectionError("the gateway has closed a socket")
-                self.read_bytes += size
-            time.sleep(READ_EVERY_S)
+def _take_in_crowd(audience: Crowd, size: int) -> None:
+    """At the pace at which they can hear of each other: ten thousand hear fifty million times that somebody came."""
+    taken = 0
+    while taken < size:
+        count = min(IN_FLIGHT, ON_THE_WAY_BYTES // (ENTER_BYTES * max(1, taken)), size - taken)
+        audience.connect(in_flight=count, count=count)
+        taken += count
+        audience.rest(HEARD_S)
+    audience.rest(0.5)
 
 
 def _probe_requests(tokens: Tokens, folder: str) -> tuple[str, str]:
@@ -142,17 +96,13 @@ def _probe_requests(tokens: Tokens, folder: str) -> tuple[str, str]:
 
 
 def _measure(
-    figures: Figures, server: Server, audience: Audience, crowd_size: int, crowd_id: str, room: tuple[str, str]
+    figures: Figures, server: Server, audience: Crowd, crowd_size: int, crowd_id: str, room: tuple[str, str]
 ) -> None:
     quiet = _probed(server, room, QUIET_S, audience)
     before = ping_lateness(server)
-    read_bytes, waited_s = audience.read_bytes, server.waited_s()
+    events, waited_s = audience.swarm.counters()["other_events"], server.waited_s()
     flooded = _probed(server, room, FLOOD_S, audience, crowd_id, DELIVERIES_PER_S / crowd_size)
-    event_bytes = (
-        4
-        + len(PAYLOAD)
-        + len(f'{{"type":"event","id":"{"x" * 16}","subject":"classrooms.{crowd_id}.chat","payload":}}')
-    )
+    events = audience.swarm.counters()["other_events"] - events
     late_ms = quantile_ms(
         {bound: count - before.get(bound, 0) for bound, count in ping_lateness(server).items()}, 0.999
     )
@@ -160,17 +110,17 @@ def _measure(
     figures.add(FLOODED_P99_MS, PRESENCE, flooded.percentile_ms(0.99))
     figures.add(PING_LATENESS_MS, PRESENCE, late_ms)
     figures.add(WAITED, PRESENCE, (server.waited_s() - waited_s) / (FLOOD_S + 1))
-    figures.add(DELIVERED, PRESENCE, (audience.read_bytes - read_bytes) / event_bytes / FLOOD_S)
+    figures.add(DELIVERED, PRESENCE, events / FLOOD_S)
 
 
 def _probed(
     server: Server,
     room: tuple[str, str],
     seconds: float,
-    audience: Audience,
+    audience: Crowd,
     flooded: str | None = None,
     events_per_s: float = 0.0,
-) -> Outcome:
+) -> Histogram:
     """What the prober measured; the audience reads meanwhile, and a classroom is flooded if it is given."""
     nats_port = server.ready["nats"]
     probe = _spawn("probe", str(server.port), str(nats_port), *room, str(seconds))
@@ -179,15 +129,22 @@ def _probed(
         if flooded is not None:
             flood = _spawn("flood", str(nats_port), flooded, str(events_per_s), str(seconds + 2))
         while probe.poll() is None:
-            audience.read(0.05, at_most_s=0.5)
+            audience.hold(0.05, read_every_ms=READ_EVERY_MS)
         assert probe.stdout is not None
         if probe.returncode != 0:
             raise RuntimeError("the prober failed")
-        return Outcome(latencies_s=json.loads(probe.stdout.read()))
+        return histogram_of(probe.stdout.read())
     finally:
         for process in filter(None, (probe, flood)):
             process.kill()
             process.communicate()
+
+
+def histogram_of(durations: str) -> Histogram:
+    """What a process of these benchmarks has printed."""
+    histogram = Histogram()
+    histogram.add(json.loads(durations))
+    return histogram
 
 
 def _spawn(*arguments: str) -> subprocess.Popen[str]:
@@ -224,6 +181,12 @@ def pub(classroom_id: str, payload: bytes) -> bytes:
     return b"PUB classrooms.%s.chat %d\r\n%s\r\n" % (classroom_id.encode(), len(payload), payload)
 
 
+def stamped(size: int = 0) -> bytes:
+    """A payload that says when it was published, of so many bytes at the least."""
+    payload = b'{"at":%d,"text":"' % now_ns()
+    return payload + b"x" * (size - len(payload) - 2) + b'"}'
+
+
 def flood(nats_port: int, classroom_id: str, rate: float, seconds: float) -> None:
     sock, message = nats_socket(nats_port), pub(classroom_id, PAYLOAD)
     began, sent = time.perf_counter(), 0
@@ -236,43 +199,20 @@ def flood(nats_port: int, classroom_id: str, rate: float, seconds: float) -> Non
 
 
 def probe(port: int, nats_port: int, room_id: str, path: str, seconds: float) -> None:
-    """Prints the latencies as JSON."""
+    """Prints the histogram of the latencies, as JSON."""
     with open(path) as file:
         requests = [request.encode() for request in json.load(file)]
-    sock, latencies = nats_socket(nats_port), []
-    with Crowd(port) as room:
-        if failures := room.connect(len(requests), in_flight=1, first_messages=requests).failures:
-            raise RuntimeError(failures)
-        room.read_away(0.3)
-        reader = next(iter(room.members.values())).sock
+    sock = nats_socket(nats_port)
+    with Crowd(port, len(requests)) as room:
+        room.add_agents(requests)
+        room.connect(in_flight=1)
+        room.rest(0.3)
         until = time.perf_counter() + seconds
         while (began := time.perf_counter()) < until:
-            mark = b'"%d"' % time.perf_counter_ns()
-            sock.sendall(pub(room_id, mark))
-            _await(reader, mark)
-            latencies.append(time.perf_counter() - began)
-            for member in room.members.values():
-                if member.sock is not reader:
-                    _throw_away(member.sock)
-            time.sleep(max(0.0, began + PROBE_EVERY_S - time.perf_counter()))
-    print(json.dumps(latencies))
-
-
-def _await(reader: socket.socket, mark: bytes) -> None:
-    heard = b""
-    while mark not in heard:
-        select.select([reader], [], [])
-        data = reader.recv(1 << 16)
-        if not data:
-            raise ConnectionError("the gateway has closed a socket")
-        heard += data
-
-
-def _throw_away(sock: socket.socket) -> None:
-    try:
-        sock.recv(1 << 16)
-    except BlockingIOError:
-        return
+            sock.sendall(pub(room_id, stamped()))
+            room.hold(max(0.0, began + PROBE_EVERY_S - time.perf_counter()), read_every_ms=READ_EVERY_MS)
+        room.hold(LAST_EVENTS_S)
+        print(json.dumps(room.swarm.take()["delivery"][0]))
 
 
 if __name__ == "__main__":

@@ -24,19 +24,18 @@ def measure_pings(figures: Figures, *, rounds: int, sockets: int) -> None:
         for who, command in PING_SERVERS.items():
             if not is_installed(who, figures):
                 continue
-            with Server(*command) as server, Crowd(server.port) as crowd:
-                outcome = crowd.connect(sockets, in_flight=IN_FLIGHT, answer_pings=True)
-                if outcome.failures:
-                    raise RuntimeError(f"{who}: {outcome.failures}")
+            with Server(*command) as server, Crowd(server.port, sockets) as crowd:
+                crowd.add_sockets(sockets)
+                crowd.connect(in_flight=IN_FLIGHT)
                 crowd.hold(SETTLE_S)
                 _measure(figures, server, crowd, who)
             print(f"round {number + 1}: {who}: {figures.of(PING_US)[who].values[-1]:.1f} µs a ping", flush=True)
 
 
 def _measure(figures: Figures, server: Server, crowd: Crowd, who: str) -> None:
-    sockets, pings, cpu_s = len(crowd.members), crowd.pings, server.cpu_s()
+    before, cpu_s = crowd.swarm.counters()["pings"], server.cpu_s()
     crowd.hold(WINDOW_S)
-    pings, cpu_s = crowd.pings - pings, server.cpu_s() - cpu_s
-    if crowd.lost or pings < sockets:
-        raise RuntimeError(f"{who}: {sockets} sockets, {crowd.lost} of them lost, had {pings} pings in {WINDOW_S:g} s")
+    pings, cpu_s = crowd.swarm.counters()["pings"] - before, server.cpu_s() - cpu_s
+    if pings < len(crowd):
+        raise RuntimeError(f"{who}: {len(crowd)} sockets had {pings} pings in {WINDOW_S:g} s")
     figures.add(PING_US, who, cpu_s / pings * 1e6, server_share=cpu_s / WINDOW_S)

@@ -2,15 +2,14 @@
 
 The whole gateway over real servers. A room of three hundred hears an event every four milliseconds; in every other round a
 hundred of them read nothing. Their sockets fill, then their backlogs, and past the bound the gateway closes them, all within
-the round. The latency runs from the publish to the read at the member that joined last of all, behind
-the slow ones; a process of its own publishes, reads and keeps the room.
+the round. The latency runs from the publish to the arrival at the member that joined last of all, behind the slow ones; a
+process of its own publishes and keeps the room.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,10 +17,12 @@ import time
 import uuid
 from urllib.request import urlopen
 
-from clients import Crowd, Outcome
+from clients import Crowd
 from figures import Figures
-from flood import nats_socket, pub
+from flood import LAST_EVENTS_S, histogram_of, nats_socket, pub, stamped
 from peers import PRESENCE
+from presence_swarm.histogram import Histogram
+from presence_swarm.swarm import DEAF
 from processes import ROOT, Server
 from sockets import Tokens
 
@@ -29,12 +30,10 @@ ROOM_MEMBERS = 300
 SLOW_MEMBERS = 100
 PUBLISH_EVERY_S = 0.004
 EVENTS = 2_000  # in a round: twice what a slow member's socket and backlog hold
-READ_EVERY = 20  # events
+READ_EVERY_MS = 1.0
+LAST = 1  # the last member's group of figures
 PAYLOAD_BYTES = 190
 LONG_PINGS = ("--ping-interval-s", "600", "--pong-timeout-s", "599")  # they would end a slow member first
-# Of a slow member's socket. The kernel keeps far more for a socket of the loopback device, whose segments have 64 KiB, than
-# for one across a network: as many bytes as a megabyte and more would have to be sent before it is full.
-SLOW_OPTIONS = ((socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096), (socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1_400))
 
 ALL_READ_P99_MS = "event in a room of 300, all read, p99"
 SLOW_P99_MS = "event in a room of 300, a hundred do not read, p99"
@@ -56,18 +55,19 @@ def measure_slow(figures: Figures, *, rounds: int) -> None:
                 print(f"round {number + 1}: p99 {quiet:.2f} ms, beside slow members {slow:.2f} ms", flush=True)
 
 
-def _round(server: Server, tokens: Tokens, folder: str, slow_members: int) -> Outcome:
+def _round(server: Server, tokens: Tokens, folder: str, slow_members: int) -> Histogram:
     room_id, path = str(uuid.uuid4()), f"{folder}/room"
     with open(path, "w") as file:
         json.dump([tokens.request(number, room_id).decode() for number in range(ROOM_MEMBERS)], file)
     closed = slow_consumers(server)
-    arguments = (str(server.port), str(server.ready["nats"]), room_id, path, str(slow_members))
+    numbers = (server.port, server.ready["nats"], slow_members, EVENTS, PAYLOAD_BYTES)
+    arguments = (room_id, path, *map(str, numbers))
     done = subprocess.run(
         [sys.executable, __file__, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=120
     )
     if slow_consumers(server) - closed != slow_members:
         raise RuntimeError(f"of {slow_members} slow members {slow_consumers(server) - closed} were closed")
-    return Outcome(latencies_s=json.loads(done.stdout))
+    return histogram_of(done.stdout)
 
 
 def slow_consumers(server: Server) -> int:
@@ -87,37 +87,34 @@ class Room:
     def __init__(self, port: int, nats_port: int, room_id: str, requests: list[bytes], slow_members: int) -> None:
         self.publisher = nats_socket(nats_port)
         self.room_id = room_id
-        self.readers, self.slow, self.last = Crowd(port), Crowd(port, options=SLOW_OPTIONS), Crowd(port)
-        sizes = (len(requests) - 1 - slow_members, slow_members, 1)
-        for crowd, size in zip((self.readers, self.slow, self.last), sizes, strict=True):
-            part, requests = requests[:size], requests[size:]
-            if failures := crowd.connect(size, in_flight=20, first_messages=part).failures:
-                raise RuntimeError(failures)
-            self.readers.read_away(0.2)
-        self.last.read_away(0.2)
-        self.published = 0
+        self.crowd = Crowd(port, len(requests))
+        readers = len(requests) - 1 - slow_members
+        self.crowd.add_agents(requests[:readers])
+        self.crowd.add_agents(requests[readers:-1], behaviour=DEAF)
+        self.crowd.add_agents(requests[-1:], group=LAST)
+        for count in filter(None, (readers, slow_members, 1)):
+            self.crowd.connect(in_flight=20, count=count)
+            self.crowd.rest(0.2)
 
-    def publish(self) -> float:
-        """One event; its latency at the last member, in seconds."""
+    def publish(self, payload_bytes: int) -> None:
+        """One event, and what comes until the next one is due."""
         began = time.perf_counter()
-        mark = b'"%d' % time.perf_counter_ns()
-        self.publisher.sendall(pub(self.room_id, mark.ljust(PAYLOAD_BYTES) + b'"'))
-        self.last.read_until(mark)
-        took_s = time.perf_counter() - began
-        self.published += 1
-        if self.published % READ_EVERY == 0:
-            self.readers.throw_away()
-        time.sleep(max(0.0, began + PUBLISH_EVERY_S - time.perf_counter()))
-        return took_s
+        self.publisher.sendall(pub(self.room_id, stamped(payload_bytes)))
+        left_s = max(0.0, began + PUBLISH_EVERY_S - time.perf_counter())
+        self.crowd.swarm.run(left_s * 1000, READ_EVERY_MS)
 
 
 def main() -> None:
-    """Prints the latencies as JSON."""
-    port, nats_port, room_id, path, slow_members = sys.argv[1:]
+    """Prints the histogram of the last member's latencies, as JSON."""
+    room_id, path = sys.argv[1:3]
+    port, nats_port, slow_members, events, payload_bytes = map(int, sys.argv[3:])
     with open(path) as file:
         requests = [request.encode() for request in json.load(file)]
-    room = Room(int(port), int(nats_port), room_id, requests, int(slow_members))
-    print(json.dumps([room.publish() for _ in range(EVENTS)]))
+    room = Room(port, nats_port, room_id, requests, slow_members)
+    for _ in range(events):
+        room.publish(payload_bytes)
+    room.crowd.swarm.run(LAST_EVENTS_S * 1000)
+    print(json.dumps(room.crowd.swarm.take()["delivery"][LAST]))
 
 
 if __name__ == "__main__":

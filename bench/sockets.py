@@ -63,24 +63,30 @@ def _measure(
     figures: Figures, server: Server, who: str, sockets: int, requests: Sequence[bytes] | None, names: tuple[str, str]
 ) -> None:
     bytes_figure, rate_figure = names
-    with Crowd(server.port) as warm_up:
-        warm_up.connect(WARM_UP_SOCKETS, in_flight=IN_FLIGHT, first_messages=requests)
+    with Crowd(server.port, WARM_UP_SOCKETS) as warm_up:
+        _fill(warm_up, WARM_UP_SOCKETS, requests)
+        warm_up.connect(in_flight=IN_FLIGHT)
     time.sleep(SETTLE_S)
-    before, cpu_s = server.rss_bytes(), server.cpu_s()
-    with Crowd(server.port) as crowd:
-        first_messages = None if requests is None else requests[WARM_UP_SOCKETS:]
-        outcome = crowd.connect(sockets, in_flight=IN_FLIGHT, first_messages=first_messages)
+    with Crowd(server.port, sockets) as crowd:
+        _fill(crowd, sockets, None if requests is None else requests[WARM_UP_SOCKETS:])
+        before, cpu_s = server.rss_bytes(), server.cpu_s()
+        outcome = crowd.connect(in_flight=IN_FLIGHT)
         server_share = (server.cpu_s() - cpu_s) / outcome.took_s
         crowd.hold(SETTLE_S)
         after = server.rss_bytes()
-        if outcome.failures or crowd.lost:
-            raise RuntimeError(f"{who}: {crowd.lost} connections lost, connects failed: {outcome.failures}")
     figures.add(bytes_figure, who, (after - before) / sockets)
     shares = {"client_share": outcome.client_share, "server_share": server_share}
     figures.add(rate_figure, who, outcome.rate, **shares)
     if requests is not None:
-        figures.add(CONNECT_P50_MS, who, outcome.percentile_ms(0.5), **shares)
-        figures.add(CONNECT_P99_MS, who, outcome.percentile_ms(0.99), **shares)
+        figures.add(CONNECT_P50_MS, who, outcome.latencies.percentile_ms(0.5), **shares)
+        figures.add(CONNECT_P99_MS, who, outcome.latencies.percentile_ms(0.99), **shares)
+
+
+def _fill(crowd: Crowd, sockets: int, requests: Sequence[bytes] | None) -> None:
+    if requests is None:
+        crowd.add_sockets(sockets)
+    else:
+        crowd.add_agents(requests[:sockets])
 
 
 class Tokens:

@@ -17,7 +17,6 @@ import picows
 import pytest
 import uvloop
 
-from clients import upgrade_request
 from conftest import Loop, Report
 from echo_server import Echo
 from presence_core.frames import OPCODE_TEXT, encode_frame
@@ -28,6 +27,10 @@ DELIVERIES = 20_000  # in one round
 PAYLOAD = b"x" * 190
 FRAME = encode_frame(OPCODE_TEXT, PAYLOAD)
 READ_TIMEOUT_S = 10.0
+UPGRADE = (
+    b"GET /ws HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
 
 
 class Members:
@@ -133,7 +136,7 @@ def by_picows(size: int) -> Iterator[Loop]:
         address = server.sockets[0].getsockname()
         for _ in range(size):
             clients.append(socket.create_connection(address))
-            clients[-1].sendall(upgrade_request(address[1]))
+            clients[-1].sendall(UPGRADE)
             transports.append(await connected.get())
             clients[-1].recv(4096)
         return server

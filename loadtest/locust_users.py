@@ -14,7 +14,7 @@ from typing import Any
 from locust import User, constant, task
 from locust.stats import RequestStats, bucket_response_time
 
-from loadtest.figures import FLOORS_NS
+from presence_swarm.histogram import FLOORS_NS
 
 PLAIN_NAMES = {
     "unanswered": ("CLOSE", "after an unanswered ping"),

@@ -219,7 +219,7 @@ class Run:
         at_ns = swarm.now_ns()
         for number, shard in enumerate(shards):
             window = in_flight // len(shards) + (number < in_flight % len(shards))
-            self.shards[shard].ask("move", window=window)
+            self.shards[shard].ask("connect", window=window)
         return at_ns
 
     def announced(self) -> dict[str, Any]:

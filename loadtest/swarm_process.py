@@ -62,8 +62,8 @@ class Shard:
             return self.add(order)
         if order["do"] == "targets":
             return self.swarm.set_targets(order["ports"])
-        if order["do"] == "move":
-            return self.swarm.move(order["window"])
+        if order["do"] == "connect":
+            return self.swarm.connect(order["window"])
         if order["do"] == "leave":
             return self.swarm.leave()
         if order["do"] == "gauges":

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from loadtest.figures import Histogram, ShardFigures
+from loadtest.figures import ShardFigures
 from loadtest.network import Losses
+from presence_swarm.histogram import Histogram
 
 # A swarm past these was itself what was measured.
 SWARM_LAG_P99_MS: Final = 50.0

@@ -56,7 +56,8 @@ static void on_data(int fd) {
         send_all(fd, UPGRADED, sizeof UPGRADED - 1);
         sockets[count++] = fd;
     } else if ((uint8_t)data[0] == 0x81) {
-        fan_out(atoi(data + 6)); /* the mask is all zeros */
+        for (int i = 6; i < size; i++) data[i] ^= data[2 + (i - 6) % 4]; /* the mask is in front of the payload */
+        fan_out(atoi(data + 6));
     }
 }
 

@@ -18,6 +18,7 @@ from presence_swarm.durations cimport durations_add
 from presence_swarm.hearing cimport on_close_frame, on_message, on_ping
 from presence_swarm.life cimport (
     CODE_LOST,
+    IS_PLAIN,
     LINK_CLOSED,
     LINK_DIALLING,
     LINK_UPGRADING,
@@ -49,7 +50,9 @@ cdef size_t take_frames(swarm *s, link *line, const uint8_t *data, size_t size, 
             break
         taken += frame.taken
         s.now.frames += 1
-        if frame.opcode == OPCODE_TEXT:
+        s.now.payload_bytes += frame.size
+        s.now.heard_last_ns = max(s.now.heard_last_ns, at_ns)
+        if frame.opcode == OPCODE_TEXT and line.owner.behaviour != IS_PLAIN:
             on_message(s, line, frame.payload, frame.size, at_ns)
         elif frame.opcode == OPCODE_PING:
             on_ping(s, line, frame.payload, frame.size, at_ns)
@@ -89,10 +92,11 @@ cdef void receive(swarm *s, link *line) noexcept nogil:
         else:
             end_link(s, line, CODE_LOST, now_ns)
         return
-    stamp_ns = stamp_ns - s.clock_offset_ns if stamp_ns > s.clock_offset_ns else now_ns
-    if stamp_ns > now_ns:
-        stamp_ns = now_ns  # the offset was taken a moment before
-    durations_add(&s.now.lag, now_ns - stamp_ns)
+    if stamp_ns > s.clock_offset_ns:
+        stamp_ns = min(stamp_ns - s.clock_offset_ns, now_ns)  # the offset was taken a moment before
+        durations_add(&s.now.lag, now_ns - stamp_ns)
+    else:
+        stamp_ns = now_ns
     s.now.bytes += <uint64_t> got
     size = kept + <size_t> got
     if line.state == LINK_UPGRADING:

@@ -11,10 +11,11 @@ from presence_core.frame_header cimport read_length
 from presence_core.frames cimport OPCODE_CLOSE, OPCODE_PONG
 from presence_core.system cimport EPOLLRDHUP, NS_PER_MS
 from presence_swarm.client_frames cimport CONTROL_FRAME_BYTES, server_frame, write_client_frame
-from presence_swarm.durations cimport durations_add
+from presence_swarm.durations cimport durations, durations_add
 from presence_swarm.life cimport (
     ANSWERS_NOT,
     BEHAVES,
+    IS_PLAIN,
     LINK_CONNECTED,
     LINK_LEAVING,
     LINK_WAITING,
@@ -22,7 +23,7 @@ from presence_swarm.life cimport (
     agent,
     dial_later,
     end_link,
-    enter,
+    enter_connected,
     leave,
     link,
     next_random,
@@ -56,13 +57,8 @@ cdef enum:
 cdef void on_success(swarm *s, link *line, const uint8_t *data, size_t size, uint64_t at_ns) noexcept nogil:
     cdef agent *a = line.owner
     cdef link *other = &a.links[1] if line == &a.links[0] else &a.links[0]
-    line.connected_ns = at_ns
     line.interval_ns = number_behind(data, size, b'"ping_interval_ms":') * NS_PER_MS
-    a.failures = 0
-    enter(s, line, LINK_CONNECTED)
-    s.now.connects += 1
-    durations_add(&s.now.connect[a.group], at_ns - line.began_ns)
-    s.now.connected_last_ns = at_ns if at_ns > s.now.connected_last_ns else s.now.connected_last_ns
+    enter_connected(s, line, at_ns)
     if a.lost_ns:
         come_back(s, line, at_ns)
     elif a.hears_from_ns == 0:
@@ -187,22 +183,28 @@ cdef void on_message(swarm *s, link *line, const uint8_t *data, size_t size, uin
 
 # --- pings
 
-cdef void on_ping(swarm *s, link *line, const uint8_t *payload, size_t size, uint64_t at_ns) noexcept nogil:
+cdef void count_cadence(swarm *s, link *line, uint64_t at_ns) noexcept nogil:
     """The first one may come anywhere in the first interval, then one comes every interval."""
-    cdef agent *a = line.owner
-    cdef uint8_t[CONTROL_FRAME_BYTES] pong
+    cdef durations *cadence = &s.now.cadence[line.owner.group]
     cdef uint64_t due_ns = line.ping_due_ns
-    s.now.pings += 1
     if due_ns == 0:
         due_ns = line.connected_ns + line.interval_ns
-        durations_add(&s.now.cadence[a.group], at_ns - due_ns if at_ns > due_ns else 0)
+        durations_add(cadence, at_ns - due_ns if at_ns > due_ns else 0)
         line.ping_due_ns = at_ns + line.interval_ns
     elif at_ns >= due_ns:
-        durations_add(&s.now.cadence[a.group], at_ns - due_ns)
+        durations_add(cadence, at_ns - due_ns)
         line.ping_due_ns = due_ns + line.interval_ns
     else:
-        durations_add(&s.now.cadence[a.group], due_ns - at_ns)
+        durations_add(cadence, due_ns - at_ns)
         line.ping_due_ns = at_ns + line.interval_ns  # the ones before were late: this one shows where the beat is
+
+
+cdef void on_ping(swarm *s, link *line, const uint8_t *payload, size_t size, uint64_t at_ns) noexcept nogil:
+    cdef agent *a = line.owner
+    cdef uint8_t[CONTROL_FRAME_BYTES] pong
+    s.now.pings += 1
+    if a.behaviour != IS_PLAIN:
+        count_cadence(s, line, at_ns)
     if a.behaviour == ANSWERS_NOT:
         if line.unanswered_ns == 0:
             line.unanswered_ns = at_ns

@@ -24,6 +24,7 @@ cdef enum:  # behaviours of an agent
     READS_NOTHING = 3  # once it is connected
     STAYS = 4         # as a good client, but moves only when its connection is over
     ONCE = 5          # as a good client until its connection is over, and then no more
+    IS_PLAIN = 6      # knows WebSocket alone: connected once it is upgraded; what it hears is counted, not read
 
 cdef enum:  # states of a link
     LINK_CLOSED = 0
@@ -92,7 +93,8 @@ cdef struct figures:  # since they were last taken
     uint64_t connects
     uint64_t handovers            # of them: while the old connection still delivered
     uint64_t frames
-    uint64_t bytes
+    uint64_t bytes                # with everything around them
+    uint64_t payload_bytes        # of frames
     uint64_t events               # with a publisher's stamp
     uint64_t other_events         # agent.enter, agent.leave
     uint64_t missing[GROUPS]      # numbers that never came although the agent had a connection
@@ -104,6 +106,7 @@ cdef struct figures:  # since they were last taken
     uint64_t terminated_first_ns  # CLOCK_MONOTONIC; 0: none
     uint64_t terminated_last_ns
     uint64_t connected_last_ns
+    uint64_t heard_last_ns        # a frame of any kind
     int close_rows
     close_row closes[CLOSE_ROWS]
 
@@ -123,9 +126,9 @@ cdef struct swarm:
     uint32_t capacity
     uint32_t in_state[6]     # links by state
     uint32_t connected_agents
-    uint32_t move_next       # agents that connect again with their old connection in place:
-    uint32_t move_stop       # from this one to before that one,
-    uint32_t move_window     # so many connects under way at once
+    uint32_t connect_next    # agents that are to connect: from this one
+    uint32_t connect_stop    # to before that one,
+    uint32_t connect_window  # so many connects under way at once
     wheel timers
     figures now
 
@@ -133,10 +136,11 @@ cdef void figures_clear(figures *f) noexcept nogil
 cdef uint64_t next_random(swarm *s) noexcept nogil
 cdef void dial_later(swarm *s, agent *a, uint64_t delay_ms) noexcept nogil
 cdef void dial(swarm *s, agent *a) noexcept nogil
-cdef void move_on(swarm *s) noexcept nogil
+cdef void connect_next(swarm *s) noexcept nogil
 cdef void leave(swarm *s, link *line) noexcept nogil
 cdef void drop_link(swarm *s, link *line) noexcept nogil
 cdef void enter(swarm *s, link *line, uint8_t state) noexcept nogil
+cdef void enter_connected(swarm *s, link *line, uint64_t at_ns) noexcept nogil
 cdef void watch(swarm *s, link *line, uint32_t events) noexcept nogil
 cdef bint transmit(swarm *s, link *line, const uint8_t *data, size_t size) noexcept nogil
 cdef void on_dialled(swarm *s, link *line) noexcept nogil

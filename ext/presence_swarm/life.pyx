@@ -24,11 +24,11 @@ from presence_core.system cimport (
     monotonic_ns,
     send,
 )
-from presence_core.wheel cimport wheel_start
+from presence_core.wheel cimport wheel_is_started, wheel_start
 from presence_swarm.client_frames cimport CONTROL_FRAME_BYTES, write_client_frame
 from presence_swarm.durations cimport durations_add, durations_clear
 from presence_swarm.messages cimport begins, behind
-from presence_swarm.sockets cimport socket_error, start_connect, upgrade_request
+from presence_swarm.sockets cimport SOCKET_STAMPED, SOCKET_UNREAD, socket_error, start_connect, upgrade_request
 
 cdef enum:
     CODE_NORMAL = 1000
@@ -72,6 +72,17 @@ cdef void enter(swarm *s, link *line, uint8_t state) noexcept nogil:
     line.state = state
 
 
+cdef void enter_connected(swarm *s, link *line, uint64_t at_ns) noexcept nogil:
+    """What every agent counts when it is connected, whichever link it was."""
+    cdef agent *a = line.owner
+    line.connected_ns = at_ns
+    a.failures = 0
+    enter(s, line, LINK_CONNECTED)
+    s.now.connects += 1
+    durations_add(&s.now.connect[a.group], at_ns - line.began_ns if at_ns > line.began_ns else 0)
+    s.now.connected_last_ns = at_ns if at_ns > s.now.connected_last_ns else s.now.connected_last_ns
+
+
 # --- dial
 
 cdef void dial_later(swarm *s, agent *a, uint64_t delay_ms) noexcept nogil:
@@ -89,6 +100,12 @@ cdef uint64_t back_off(swarm *s, agent *a) noexcept nogil:
     delay_ms = most_ms // 2 + next_random(s) % (most_ms // 2 + 1)
     dial_later(s, a, delay_ms)
     return delay_ms
+
+
+cdef inline int socket_flags(const agent *a) noexcept nogil:
+    if a.behaviour == READS_NOTHING:
+        return SOCKET_STAMPED | SOCKET_UNREAD
+    return 0 if a.behaviour == IS_PLAIN else SOCKET_STAMPED  # a stamp for each packet is work of the sender's core, too
 
 
 cdef void dial(swarm *s, agent *a) noexcept nogil:
@@ -115,7 +132,7 @@ cdef void dial(swarm *s, agent *a) noexcept nogil:
     line.error[0] = 0
     line.upgraded_ns = line.connected_ns = line.ping_due_ns = line.unanswered_ns = line.left_ns = 0
     line.began_ns = monotonic_ns()
-    line.fd = start_connect(line.source, s.ports[line.target], a.behaviour == READS_NOTHING)
+    line.fd = start_connect(line.source, s.ports[line.target], socket_flags(a))
     if line.fd < 0:
         s.errno_seen = -line.fd
         s.now.refusals += 1
@@ -131,17 +148,19 @@ cdef void dial(swarm *s, agent *a) noexcept nogil:
     enter(s, line, LINK_DIALLING)
 
 
-cdef void move_on(swarm *s) noexcept nogil:
-    """Dial for the next of those that are to move, as many as may be under way."""
+cdef void connect_next(swarm *s) noexcept nogil:
+    """Dial for the next of those that are to connect, as many as may be under way; not for those that will by themselves."""
     cdef agent *a
+    cdef int state
     while (
-        s.move_next < s.move_stop
-        and s.in_state[LINK_DIALLING] + s.in_state[LINK_UPGRADING] + s.in_state[LINK_WAITING] < s.move_window
+        s.connect_next < s.connect_stop
+        and s.in_state[LINK_DIALLING] + s.in_state[LINK_UPGRADING] + s.in_state[LINK_WAITING] < s.connect_window
     ):
-        a = &s.agents[s.move_next]
-        s.move_next += 1
+        a = &s.agents[s.connect_next]
+        s.connect_next += 1
         a.return_ns = 0
-        if a.links[a.current].state == LINK_CONNECTED:
+        state = a.links[a.current].state
+        if state == LINK_CONNECTED or state == LINK_CLOSED and not wheel_is_started(&a.entry):
             dial(s, a)
 
 
@@ -196,7 +215,11 @@ cdef size_t on_answer(swarm *s, link *line, const uint8_t *data, size_t size, ui
         return size
     line.upgraded_ns = at_ns
     enter(s, line, LINK_WAITING)
-    if a.behaviour != SAYS_NOTHING and not transmit(s, line, a.request, a.request_bytes):
+    if a.behaviour == IS_PLAIN:
+        a.current = 0 if line == &a.links[0] else 1
+        enter_connected(s, line, at_ns)
+        s.connected_agents += 1
+    elif a.behaviour != SAYS_NOTHING and not transmit(s, line, a.request, a.request_bytes):
         end_link(s, line, CODE_LOST, at_ns)
     return <size_t> rest - <size_t> data
 

@@ -21,17 +21,25 @@ cdef extern from *:
     #ifndef SO_TIMESTAMPNS
     #define SO_TIMESTAMPNS 35
     #endif
-    #define SLOW_READER_BYTES 4096
+    #define PRESENCE_STAMPED 1
+    #define PRESENCE_UNREAD 2
+    /* Of a socket that nobody reads. The kernel keeps far more for one of the loopback device, whose segments have 64 KiB,
+       than for one across a network: as many bytes as a megabyte and more would have to be sent before it is full. */
+    #define UNREAD_BYTES 4096
+    #define UNREAD_SEGMENT_BYTES 1400
 
-    static inline int presence_dial(int fd, unsigned source, uint16_t port, int reads_nothing) {
+    static inline int presence_dial(int fd, unsigned source, uint16_t port, int flags) {
         struct sockaddr_in from = {.sin_family = AF_INET}, to = {.sin_family = AF_INET};
-        int one = 1, small = SLOW_READER_BYTES;
+        int one = 1, bytes = UNREAD_BYTES, segment_bytes = UNREAD_SEGMENT_BYTES;
         /* The port is chosen in connect(2), where it need only be free for that peer. */
         setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof one);
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-        setsockopt(fd, SOL_SOCKET, SO_TIMESTAMPNS, &one, sizeof one);
-        if (reads_nothing)
-            setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
+        if (flags & PRESENCE_STAMPED)
+            setsockopt(fd, SOL_SOCKET, SO_TIMESTAMPNS, &one, sizeof one);
+        if (flags & PRESENCE_UNREAD) {
+            setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof bytes);
+            setsockopt(fd, IPPROTO_TCP, TCP_MAXSEG, &segment_bytes, sizeof segment_bytes);
+        }
         from.sin_addr.s_addr = htonl(0x7f000101u + source);  /* 127.0.1.1 and on */
         to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
         to.sin_port = htons(port);
@@ -41,11 +49,11 @@ cdef extern from *:
     }
 
     /* A connected or connecting socket, or -errno. */
-    static inline int presence_start_connect(unsigned source, uint16_t port, int reads_nothing) {
+    static inline int presence_start_connect(unsigned source, uint16_t port, int flags) {
         int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), error;
         if (fd < 0)
             return -errno;
-        if (presence_dial(fd, source, port, reads_nothing) < 0) {
+        if (presence_dial(fd, source, port, flags) < 0) {
             error = errno;
             close(fd);
             return -error;
@@ -92,7 +100,10 @@ cdef extern from *:
         return (uint64_t) (real.tv_sec - monotonic.tv_sec) * 1000000000u + (uint64_t) (real.tv_nsec - monotonic.tv_nsec);
     }
     """
-    int start_connect "presence_start_connect"(unsigned int source, uint16_t port, int reads_nothing) noexcept nogil
+    enum:
+        SOCKET_STAMPED "PRESENCE_STAMPED"  # arrivals come with the kernel's time stamp
+        SOCKET_UNREAD "PRESENCE_UNREAD"    # soon full
+    int start_connect "presence_start_connect"(unsigned int source, uint16_t port, int flags) noexcept nogil
     int socket_error "presence_socket_error"(int fd) noexcept nogil
     ssize_t receive_stamped "presence_receive_stamped"(
         int fd, void *buffer, size_t size, uint64_t *stamp_ns

@@ -10,6 +10,7 @@ SILENT: Final = 2  # never sends its connect_request
 DEAF: Final = 3  # reads nothing once it is connected
 STAYING: Final = 4  # as GOOD, but after `terminated` it moves only when its connection is over
 ONCE: Final = 5  # as GOOD until its connection is over, and then it stays away
+PLAIN: Final = 6  # knows WebSocket alone, of any server: connected once it is upgraded, it answers pings and counts frames
 
 class Durations(TypedDict):
     """A histogram: pairs of bucket (see `bucket_floors`) and count; the least, the most and the sum are exact."""
@@ -37,18 +38,29 @@ class Swarm:
     def set_targets(self, ports: list[int]) -> None:
         """The replicas' ports on 127.0.0.1 that new connects are spread over, 16 at the most; none: they wait."""
 
-    def add(self, request: bytes, at_ms: float = 0.0, group: int = 0, behaviour: int = 0) -> int:
-        """An agent that will dial `at_ms` from now and say `request`; returns its number. Costs 600 bytes and a copy."""
+    def add(self, request: bytes, at_ms: float | None = 0.0, group: int = 0, behaviour: int = 0) -> int:
+        """An agent that will dial `at_ms` from now, or with None when `connect` says so, and say `request`; returns its
+        number. Costs 600 bytes and a copy.
+        """
 
-    def run(self, duration_ms: float) -> None:
-        """Do what agents do, for that long. Raises OSError when the epoll fails."""
+    def run(self, duration_ms: float, pace_ms: float = 0.0) -> None:
+        """Do what agents do, for that long. With a pace: look at the sockets every `pace_ms` only, and take all that is there.
+        One who waits for each frame is woken by each, at the expense of a sender on the same machine. Raises OSError when
+        the epoll fails. Until it returns, every other method raises RuntimeError.
+        """
 
     def leave(self, first: int = 0, count: int = 0xFFFFFFFF) -> int:
         """Let these agents close their connections for good; returns how many had one. `run` sees it through."""
 
-    def move(self, window: int, first: int = 0, count: int = 0xFFFFFFFF) -> None:
-        """Let these agents connect again, to the targets as they are now, while their old connections stay as they are; at most
-        `window` connects of the swarm are under way at once. `run` sees it through."""
+    def connect(self, window: int, first: int = 0, count: int = 0xFFFFFFFF) -> None:
+        """Let these agents connect, to the targets as they are now; who is connected connects again, while the old connection
+        stays as it is. At most `window` connects of the swarm are under way at once. `run` sees it through.
+        """
+
+    def say(self, message: bytes, times: int = 1, first: int = 0, count: int = 0xFFFFFFFF) -> int:
+        """Each of these agents that is connected sends `message`, 65,535 bytes at the most, as text frames, all its frames in
+        one system call; returns how many did. Raises BlockingIOError when a socket has not taken all of them.
+        """
 
     def events_of(self, index: int) -> int:
         """Stamped events that this agent has received."""
@@ -56,6 +68,9 @@ class Swarm:
     def gauges(self) -> dict[str, int]:
         """How many agents and links are in which state now. `pending`: numbers that were skipped and may still come,
         `pending_0` and on: by group; `errno`: of the last socket that failed."""
+
+    def counters(self) -> dict[str, int]:
+        """What `take` calls so, without a new start."""
 
     def take(self) -> dict[str, Any]:
         """What was recorded since the last call: histograms (`Durations`, some a list by group), counters, closes."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from loadtest.figures import FLOORS_NS, Record
+from loadtest.figures import Record
 from loadtest.network import Losses
 
 from loadtest import flood
 from presence_swarm import swarm
+from presence_swarm.histogram import FLOORS_NS
 
 STEP_S, REPORT_S = 5.0, 0.5
 LATE_NS = 100_000_000

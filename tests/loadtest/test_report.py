@@ -13,13 +13,14 @@ import pytest
 from loadtest.charts import bar_chart, histogram_chart, line_chart
 from loadtest.compare import compare
 from loadtest.costs import agent_line, waits_of
-from loadtest.figures import FLOORS_NS, Histogram, Record, ShardFigures
+from loadtest.figures import Record, ShardFigures
 from loadtest.network import Losses
 from loadtest.picture import BROWSERS, picture
 from loadtest.report import page
 from loadtest.verdicts import Judge, why_not_counted
 
 from presence_swarm import swarm
+from presence_swarm.histogram import FLOORS_NS, Histogram
 
 
 def durations(*values_ns: int) -> dict[str, Any]:

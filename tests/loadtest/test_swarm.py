@@ -187,7 +187,7 @@ async def test_agents_connect_again_elsewhere_a_few_at_once(tmp_path: Path, nats
         await crowd.all_connected()
         async with gateway(tmp_path, nats_url, database_url, signer=old.signer) as new:
             crowd.swarm.set_targets([new.app.gateway.port])
-            crowd.swarm.move(3, first=2)
+            crowd.swarm.connect(3, first=2)
             under_way = []
 
             def are_over(gauges: dict[str, int]) -> bool:
@@ -237,7 +237,7 @@ def test_bounds_of_what_may_be_asked() -> None:
     with pytest.raises(ValueError, match="group"):
         own.add(b"{}", 0, 4)
     with pytest.raises(ValueError, match="window"):
-        own.move(0)
+        own.connect(0)
     own.add(str(uuid.uuid4()).encode())
     with pytest.raises(ValueError, match="full"):
         own.add(b"{}")

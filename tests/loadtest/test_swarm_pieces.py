@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 from loadtest.figures import Figures
 
-from presence_core.frames import OPCODE_PING, OPCODE_TEXT, Decoder, encode_close, encode_frame
+from presence_core.frames import (
+    OPCODE_BINARY,
+    OPCODE_PING,
+    OPCODE_PONG,
+    OPCODE_TEXT,
+    Decoder,
+    encode_close,
+    encode_frame,
+)
 from presence_swarm import swarm
 from waiting import eventually
 
@@ -27,11 +35,11 @@ Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 class Scripted:
     """A server that upgrades and then does as the test says; what the agents said is kept."""
 
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, agents: int = 1) -> None:
         self.script = script
         self.said = bytearray()
         self.figures = Figures()
-        self.swarm = swarm.Swarm(1)
+        self.swarm = swarm.Swarm(agents)
         self.connections = 0
         self._writers: list[asyncio.StreamWriter] = []
 
@@ -55,10 +63,16 @@ class Scripted:
 
 @contextlib.asynccontextmanager
 async def scripted(script: Script, behaviour: int = swarm.GOOD) -> AsyncIterator[Scripted]:
-    own = Scripted(script)
-    server = await asyncio.start_server(own.serve, "127.0.0.1", 0)
+    async with serving(script, 1) as own:
+        own.swarm.add(REQUEST, behaviour=behaviour)
+        yield own
+
+
+@contextlib.asynccontextmanager
+async def serving(script: Script, agents: int) -> AsyncIterator[Scripted]:
+    own = Scripted(script, agents)
+    server = await asyncio.start_server(own.serve, "127.0.0.1", 0, backlog=1024)
     own.swarm.set_targets([server.sockets[0].getsockname()[1]])
-    own.swarm.add(REQUEST, behaviour=behaviour)
     try:
         yield own
     finally:
@@ -219,3 +233,119 @@ async def test_holes_of_a_stretch_that_is_over_are_missing() -> None:
     async with scripted(script) as own:
         await own.run(lambda: own.figures.counters["connects"] == 2)
         assert own.figures.counters["missing"] == 2
+
+
+# --- agents that know WebSocket alone
+
+
+@contextlib.asynccontextmanager
+async def plain(script: Script, agents: int = 1) -> AsyncIterator[Scripted]:
+    """The agents dial when they are let."""
+    async with serving(script, agents) as own:
+        for _ in range(agents):
+            own.swarm.add(b"", None, behaviour=swarm.PLAIN)
+        yield own
+
+
+async def test_a_plain_one_is_connected_when_it_is_upgraded_and_says_nothing() -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(UPGRADED)
+
+    async with plain(script, agents=3) as own:
+        await asyncio.to_thread(own.swarm.run, 30)
+        assert own.connections == 0
+        own.swarm.connect(2)
+        await own.run(lambda: own.swarm.gauges()["connected"] == 3)
+        assert own.said == b""
+        assert own.figures.by_group["connect"][0].count == own.figures.counters["attempts"] == 3
+        assert own.figures.counters["violations"] == 0
+        assert own.figures.connected_last_ns > 0
+
+
+async def test_a_plain_one_counts_frames_of_any_server_and_answers_pings() -> None:
+    binary = encode_frame(OPCODE_BINARY, b"\0" * 70_000)
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        frames = encode_frame(OPCODE_TEXT, b"not even JSON") + encode_frame(OPCODE_PING, b"1234") + binary
+        await slowly(writer, UPGRADED + frames, 10_000)
+
+    async with plain(script) as own:
+        own.swarm.connect(1)
+        await own.run(lambda: own.swarm.counters()["frames"] + own.figures.counters["frames"] == 3)
+        await eventually(lambda: Decoder().feed(bytes(own.said)))
+        assert Decoder().feed(bytes(own.said)) == [(OPCODE_PONG, b"1234", 0)]
+        counters = own.figures.counters
+        assert (counters["violations"], counters["pings"], counters["events"]) == (0, 1, 0)
+        assert counters["bytes"] == len(UPGRADED) + 2 + 13 + 2 + 4 + len(binary)
+        assert own.figures.by_group["cadence"][0].count == 0  # nobody has told it when pings come
+
+
+async def test_a_plain_one_that_is_lost_stays_away() -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(UPGRADED)
+        writer.close()
+
+    async with plain(script) as own:
+        own.swarm.connect(1)
+        await own.run(lambda: own.swarm.gauges()["done"])
+        assert own.figures.closes == {(1006, ""): 1}
+        own.swarm.connect(1)  # it is done
+        await asyncio.to_thread(own.swarm.run, 30)
+        assert own.connections == 1
+
+
+async def test_agents_say_what_they_are_told_to() -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(UPGRADED)
+
+    async with plain(script, agents=2) as own:
+        assert own.swarm.say(b"too early") == 0
+        own.swarm.connect(2)
+        await own.run(lambda: own.swarm.gauges()["connected"] == 2)
+        assert own.swarm.say(b"first one alone", 3, 0, 1) == 1
+        assert own.swarm.say(b"x" * 300, first=1) == 1
+        frames = [(OPCODE_TEXT, b"first one alone", 0)] * 3 + [(OPCODE_TEXT, b"x" * 300, 0)]
+        await eventually(lambda: len(own.said) == 3 * (6 + 15) + 8 + 300)
+        heard = Decoder().feed(bytes(own.said))
+        assert sorted(heard) == sorted(frames)
+        with pytest.raises(ValueError, match="large"):
+            own.swarm.say(b"x" * 65_536)
+        with pytest.raises(ValueError, match="many"):
+            own.swarm.say(b"x", 0)
+        with pytest.raises(BlockingIOError, match="agent 0"):
+            own.swarm.say(b"x" * 60_000, 200)
+
+
+async def test_at_a_pace_it_takes_all_that_is_there_at_each_look() -> None:
+    go = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(UPGRADED)
+        await go.wait()
+        writer.write(encode_frame(OPCODE_TEXT, b"x"))
+
+    async with plain(script, agents=600) as own:  # more than one call of epoll_wait returns
+        own.swarm.connect(600)
+        await own.run(lambda: own.swarm.gauges()["connected"] == 600)
+        go.set()
+        await asyncio.sleep(0.3)
+        own.swarm.take()
+        await asyncio.to_thread(own.swarm.run, 50, 100)
+        taken = own.swarm.take()
+        assert (taken["counters"]["frames"], taken["stall"]["count"]) == (600, 1)
+        await asyncio.to_thread(own.swarm.run, 250, 100)
+        assert own.swarm.take()["stall"]["count"] == 1  # nothing came: it waited until the end
+
+
+async def test_nothing_is_asked_of_a_swarm_that_runs() -> None:
+    own = swarm.Swarm(1)
+    running = asyncio.create_task(asyncio.to_thread(own.run, 300))
+    await asyncio.sleep(0.1)
+    for ask in (own.take, own.gauges, own.counters, own.leave, lambda: own.run(1), lambda: own.connect(1)):
+        with pytest.raises(RuntimeError, match="runs"):
+            ask()
+    for ask in (lambda: own.add(b""), lambda: own.say(b""), lambda: own.set_targets([1])):
+        with pytest.raises(RuntimeError, match="runs"):
+            ask()
+    await running
+    assert own.gauges()["agents"] == 0
