@@ -4,8 +4,8 @@ Every peer is driven by this same client. It opens upgrades, or whole connects, 
 sockets open, answers pings, and says how much of a core it needed itself. It owns its sockets and knows nothing of the server
 but the port.
 
-While it waits for frames it looks at the sockets at a fixed pace. A reader that waits for each frame is woken by each frame, at
-the sender's expense, unless the sender is fast enough to keep it busy: slow servers would look slower still.
+While it waits for frames it rests between two looks at the sockets. A reader that waits for each frame is woken by each frame,
+at the sender's expense, unless the sender is fast enough to keep it busy: slow servers would look slower still.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import Self
 from presence_swarm.histogram import Histogram
 from presence_swarm.swarm import ONCE, PLAIN, Swarm, now_ns
 
-LOOK_EVERY_MS = 5.0  # whether all is there
+CONNECTED_LOOK_MS = 5.0  # whether all is there
+HEARD_LOOK_MS = 50.0
 READ_EVERY_MS = 10.0
 HOLD_READ_EVERY_MS = 50.0
+LATEST_S = 5.0  # an event that has not come by then is lost
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Crowd:
     def __init__(self, port: int, capacity: int) -> None:
         self.swarm = Swarm(capacity)
         self.swarm.set_targets([port])
+        self._asked = 0  # to connect: those before this one
 
     def __enter__(self) -> Self:
         return self
@@ -70,16 +73,18 @@ class Crowd:
 
     def connect(self, *, in_flight: int, count: int | None = None, timeout_s: float = 120.0) -> Outcome:
         """The next `count` of those that were added, or all, `in_flight` at a time."""
-        first = self.swarm.gauges()["connected"]
-        count = len(self) - first if count is None else count
+        count = len(self) - self._asked if count is None else count
+        if count == 0:
+            return Outcome(0, 0.0, 0.0)
         self.swarm.take()
         began_ns, cpu_s = now_ns(), time.process_time()
-        self.swarm.connect(in_flight, first, count)
+        self.swarm.connect(in_flight, self._asked, count)
+        self._asked += count
         while self.swarm.counters()["connects"] < count:
-            self.swarm.run(LOOK_EVERY_MS)
+            self.swarm.run(CONNECTED_LOOK_MS)
+            self._check()
             if now_ns() - began_ns > timeout_s * 1e9:
                 raise TimeoutError(f"after {timeout_s:g} s: {self.swarm.gauges()}")
-            self._check()
         cpu_s = time.process_time() - cpu_s
         taken = self.swarm.take()
         latencies = Histogram()
@@ -89,11 +94,10 @@ class Crowd:
 
     def _check(self) -> None:
         """No benchmark goes on with a socket less."""
-        if self.swarm.gauges()["done"] or self.swarm.counters()["refusals"]:
-            taken = self.swarm.take()
-            raise ConnectionError(
-                f"{taken['counters']['refusals']} refused; ends by code and reason: {taken['closes']}"
-            )
+        counters = self.swarm.counters()
+        if counters["ends"] or counters["refusals"]:
+            closes = self.swarm.take()["closes"]
+            raise ConnectionError(f"{counters['refusals']} refused; ended, by code and reason: {closes}")
 
     def hold(self, seconds: float, *, read_every_ms: float = HOLD_READ_EVERY_MS) -> None:
         """Stay connected: read what comes, answer pings."""
@@ -112,22 +116,38 @@ class Crowd:
         return counters["frames"] - counters["pings"]
 
     def hear(
-        self, message: bytes, payload_bytes: int, *, times: int = 1, slack_bytes: int = 0, timeout_s: float = 120.0
+        self,
+        message: bytes,
+        deliveries: int,
+        bytes_each: int,
+        *,
+        times: int = 1,
+        slack_bytes: int = 0,
+        timeout_s: float = 120.0,
     ) -> Outcome:
-        """The first one says `message` so many times; then read until so many bytes have come as payload of frames.
+        """The first one says `message` so many times; then read until all deliveries have come, as payload of whatever frames.
 
-        Up to `slack_bytes` more may come, from a server that says something of its own. The rate is of frames.
+        Up to `slack_bytes` more may come, from a server that says something of its own.
         """
+        payload_bytes = deliveries * bytes_each
         self.swarm.take()
         began_ns, cpu_s = now_ns(), time.process_time()
         self.swarm.say(message, times, 0, 1)
         while self.swarm.counters()["payload_bytes"] < payload_bytes:
-            self.swarm.run(READ_EVERY_MS, READ_EVERY_MS)
+            self.swarm.run(HEARD_LOOK_MS, READ_EVERY_MS)
+            self._check()
             if now_ns() - began_ns > timeout_s * 1e9:
                 raise TimeoutError(f"after {timeout_s:g} s of {payload_bytes} bytes: {self.swarm.counters()}")
         cpu_s = time.process_time() - cpu_s
-        self._check()
         taken = self.swarm.take()
         if (extra := taken["counters"]["payload_bytes"] - payload_bytes) > slack_bytes:
             raise AssertionError(f"{extra} bytes too many")
-        return Outcome(taken["counters"]["frames"], (taken["heard_last_ns"] - began_ns) / 1e9, cpu_s)
+        return Outcome(deliveries, (taken["heard_last_ns"] - began_ns) / 1e9, cpu_s)
+
+    def hear_all(self, events: int, index: int) -> None:
+        """Read until this agent has had so many stamped events since it was added."""
+        until = time.perf_counter() + LATEST_S
+        while (heard := self.swarm.events_of(index)) < events:
+            if time.perf_counter() > until:
+                raise TimeoutError(f"{events - heard} of {events} events have not come")
+            self.swarm.run(READ_EVERY_MS)

@@ -69,26 +69,25 @@ def _measure(figures: Figures, server: Server, crowd: Crowd, who: str, members: 
             continue
         message, times = (EVENT, events) if who == NCHAN else (b"%d %d" % (events, burst), 1)
         cpu_s = server.cpu_s()
-        outcome = crowd.hear(message, members * events * PAYLOAD_BYTES, times=times)
-        _add(figures, figure, who, members * events, outcome, server.cpu_s() - cpu_s)
+        outcome = crowd.hear(message, members * events, PAYLOAD_BYTES, times=times)
+        _add(figures, figure, who, outcome, server.cpu_s() - cpu_s)
 
 
 def _measure_nats(figures: Figures, server: Server, crowd: Crowd, events: int) -> None:
     """Members that are NATS clients; one of them publishes everything at once."""
-    deliveries = len(crowd) * events
     crowd.swarm.say(NATS_HELLO)
     crowd.rest(NATS_QUIET_S)
     cpu_s = server.cpu_s()
     slack_bytes = len(crowd) * len(NATS_PING)
-    outcome = crowd.hear(NATS_PUB * events, deliveries * NATS_MSG_BYTES, slack_bytes=slack_bytes)
-    _add(figures, BURSTS, NATS_SERVER, deliveries, outcome, server.cpu_s() - cpu_s)
+    outcome = crowd.hear(NATS_PUB * events, len(crowd) * events, NATS_MSG_BYTES, slack_bytes=slack_bytes)
+    _add(figures, BURSTS, NATS_SERVER, outcome, server.cpu_s() - cpu_s)
 
 
-def _add(figures: Figures, figure: str, who: str, deliveries: int, outcome: Outcome, server_cpu_s: float) -> None:
+def _add(figures: Figures, figure: str, who: str, outcome: Outcome, server_cpu_s: float) -> None:
     figures.add(
         figure,
         who,
-        deliveries / outcome.took_s,
+        outcome.rate,
         client_share=outcome.client_share,
         server_share=server_cpu_s / outcome.took_s,
     )

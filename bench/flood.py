@@ -9,14 +9,18 @@ the upper bound of the bucket with the p99.9.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import select
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
 from urllib.request import urlopen
 
 from clients import READ_EVERY_MS, Crowd
@@ -29,6 +33,7 @@ from sockets import AGENTS_PER_CLASSROOM, Tokens
 
 ROOM_MEMBERS = AGENTS_PER_CLASSROOM
 PROBE_EVERY_S = 0.01
+PROBE_READ_EVERY_MS = 1.0  # what is read together has the arrival of the last of it
 QUIET_S = 3.0
 FLOOD_S = 15.0
 DELIVERIES_PER_S = 1_000_000
@@ -37,7 +42,7 @@ IN_FLIGHT = 200
 ENTER_BYTES = 300  # at the most: what everyone in the crowd hears of each who comes
 ON_THE_WAY_BYTES = 64 << 20  # of that, at once: much more than the kernel gives to TCP would be gigabytes
 HEARD_S = 0.01  # nothing for so long: they have heard of each other
-LAST_EVENTS_S = 0.2
+BEGINS = "it begins\n"
 PINGS_MIN = 500  # for a figure; of fewer than a thousand the p99.9 is the latest
 NATS_HELLO = b'CONNECT {"verbose":false}\r\n'
 
@@ -95,49 +100,64 @@ def _probe_requests(tokens: Tokens, folder: str) -> tuple[str, str]:
     return room_id, path
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What has been counted so far."""
+
+    at_s: float
+    events: int  # that the audience has heard
+    waited_s: float
+    pings: dict[float, int]
+
+
+def _snapshot(server: Server, audience: Crowd) -> Snapshot:
+    events = audience.swarm.counters()["other_events"]
+    return Snapshot(time.perf_counter(), events, server.waited_s(), ping_lateness(server))
+
+
 def _measure(
     figures: Figures, server: Server, audience: Crowd, crowd_size: int, crowd_id: str, room: tuple[str, str]
 ) -> None:
-    quiet = _probed(server, room, QUIET_S, audience)
-    before = ping_lateness(server)
-    events, waited_s = audience.swarm.counters()["other_events"], server.waited_s()
-    flooded = _probed(server, room, FLOOD_S, audience, crowd_id, DELIVERIES_PER_S / crowd_size)
-    events = audience.swarm.counters()["other_events"] - events
-    late_ms = quantile_ms(
-        {bound: count - before.get(bound, 0) for bound, count in ping_lateness(server).items()}, 0.999
-    )
+    quiet, *_ = _probed(server, room, QUIET_S, audience)
+    flood = _spawn("flood", str(server.ready["nats"]), crowd_id, str(DELIVERIES_PER_S / crowd_size))
+    with _ended(flood):
+        flooded, before, after = _probed(server, room, FLOOD_S, audience)
+    took_s = after.at_s - before.at_s
+    late_ms = quantile_ms({bound: count - before.pings.get(bound, 0) for bound, count in after.pings.items()}, 0.999)
     figures.add(QUIET_P99_MS, PRESENCE, quiet.percentile_ms(0.99))
     figures.add(FLOODED_P99_MS, PRESENCE, flooded.percentile_ms(0.99))
     figures.add(PING_LATENESS_MS, PRESENCE, late_ms)
-    figures.add(WAITED, PRESENCE, (server.waited_s() - waited_s) / (FLOOD_S + 1))
-    figures.add(DELIVERED, PRESENCE, events / FLOOD_S)
+    figures.add(WAITED, PRESENCE, (after.waited_s - before.waited_s) / took_s)
+    figures.add(DELIVERED, PRESENCE, (after.events - before.events) / took_s)
 
 
 def _probed(
-    server: Server,
-    room: tuple[str, str],
-    seconds: float,
-    audience: Crowd,
-    flooded: str | None = None,
-    events_per_s: float = 0.0,
-) -> Histogram:
-    """What the prober measured; the audience reads meanwhile, and a classroom is flooded if it is given."""
-    nats_port = server.ready["nats"]
-    probe = _spawn("probe", str(server.port), str(nats_port), *room, str(seconds))
-    flood = None
-    try:
-        if flooded is not None:
-            flood = _spawn("flood", str(nats_port), flooded, str(events_per_s), str(seconds + 2))
+    server: Server, room: tuple[str, str], seconds: float, audience: Crowd
+) -> tuple[Histogram, Snapshot, Snapshot]:
+    """What the prober measured, and what was counted when it began and when it had done. The audience reads meanwhile."""
+    probe = _spawn("probe", str(server.port), str(server.ready["nats"]), *room, str(seconds))
+    with _ended(probe):
+        assert probe.stdout is not None
+        while not select.select([probe.stdout], [], [], 0)[0]:
+            audience.hold(0.05, read_every_ms=READ_EVERY_MS)
+        if probe.stdout.readline() != BEGINS:
+            raise RuntimeError("the prober failed")
+        before = _snapshot(server, audience)
         while probe.poll() is None:
             audience.hold(0.05, read_every_ms=READ_EVERY_MS)
-        assert probe.stdout is not None
+        after = _snapshot(server, audience)
         if probe.returncode != 0:
             raise RuntimeError("the prober failed")
-        return histogram_of(probe.stdout.read())
+        return histogram_of(probe.stdout.read()), before, after
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    try:
+        yield
     finally:
-        for process in filter(None, (probe, flood)):
-            process.kill()
-            process.communicate()
+        process.kill()
+        process.communicate()
 
 
 def histogram_of(durations: str) -> Histogram:
@@ -187,11 +207,12 @@ def stamped(size: int = 0) -> bytes:
     return payload + b"x" * (size - len(payload) - 2) + b'"}'
 
 
-def flood(nats_port: int, classroom_id: str, rate: float, seconds: float) -> None:
+def flood(nats_port: int, classroom_id: str, rate: float) -> None:
+    """Until it is ended."""
     sock, message = nats_socket(nats_port), pub(classroom_id, PAYLOAD)
     began, sent = time.perf_counter(), 0
-    while (passed := time.perf_counter() - began) < seconds:
-        due = int(passed * rate) - sent
+    while True:
+        due = int((time.perf_counter() - began) * rate) - sent
         if due:
             sock.sendall(message * due)
             sent += due
@@ -199,24 +220,27 @@ def flood(nats_port: int, classroom_id: str, rate: float, seconds: float) -> Non
 
 
 def probe(port: int, nats_port: int, room_id: str, path: str, seconds: float) -> None:
-    """Prints the histogram of the latencies, as JSON."""
+    """Says when it begins, then the histogram of the latencies, as JSON; every event has come to every member."""
     with open(path) as file:
         requests = [request.encode() for request in json.load(file)]
-    sock = nats_socket(nats_port)
+    sock, sent = nats_socket(nats_port), 0
     with Crowd(port, len(requests)) as room:
         room.add_agents(requests)
         room.connect(in_flight=1)
         room.rest(0.3)
+        print(BEGINS, end="", flush=True)
         until = time.perf_counter() + seconds
         while (began := time.perf_counter()) < until:
             sock.sendall(pub(room_id, stamped()))
-            room.hold(max(0.0, began + PROBE_EVERY_S - time.perf_counter()), read_every_ms=READ_EVERY_MS)
-        room.hold(LAST_EVENTS_S)
+            sent += 1
+            room.hold(max(0.0, began + PROBE_EVERY_S - time.perf_counter()), read_every_ms=PROBE_READ_EVERY_MS)
+        for member in range(len(room)):
+            room.hear_all(sent, member)
         print(json.dumps(room.swarm.take()["delivery"][0]))
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "flood":
-        flood(int(sys.argv[2]), sys.argv[3], float(sys.argv[4]), float(sys.argv[5]))
+        flood(int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))
     else:
         probe(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5], float(sys.argv[6]))

@@ -82,7 +82,8 @@ class Costs:
     close_us: float  # with agent.leave
     replica_bytes: float
     agent_bytes: float
-    nats_in_us: float  # of nats-server, for each message that is published
+    nats_us_per_s: float  # of nats-server, while anything is published
+    nats_in_us: float  # and for each message that is published
     nats_out_us: float  # and for each that it delivers to a replica
     postgres_open_us: float  # of PostgreSQL, for a session that is opened
     postgres_close_us: float
@@ -161,7 +162,7 @@ def _load(replicas: int, demand: Demand, costs: Costs, *, opened: float, closed:
         cores=cpu_us / 1e6,
         nats_in=published,
         nats_out=published * each,
-        nats_cores=published * (costs.nats_in_us + costs.nats_out_us * each) / 1e6,
+        nats_cores=(costs.nats_us_per_s + published * (costs.nats_in_us + costs.nats_out_us * each)) / 1e6,
         rows=opened * ROWS_OF_AN_OPENING + closed * ROWS_OF_A_CLOSE + replicas * LEASE_RENEWALS_PER_S,
         postgres_cores=(opened * costs.postgres_open_us + closed * costs.postgres_close_us) / 1e6,
     )

@@ -19,7 +19,7 @@ from urllib.request import urlopen
 
 from clients import Crowd
 from figures import Figures
-from flood import LAST_EVENTS_S, histogram_of, nats_socket, pub, stamped
+from flood import histogram_of, nats_socket, pub, stamped
 from peers import PRESENCE
 from presence_swarm.histogram import Histogram
 from presence_swarm.swarm import DEAF
@@ -113,7 +113,7 @@ def main() -> None:
     room = Room(port, nats_port, room_id, requests, slow_members)
     for _ in range(events):
         room.publish(payload_bytes)
-    room.crowd.swarm.run(LAST_EVENTS_S * 1000)
+    room.crowd.hear_all(events, len(requests) - 1)
     print(json.dumps(room.crowd.swarm.take()["delivery"][LAST]))
 
 

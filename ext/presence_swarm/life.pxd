@@ -136,7 +136,7 @@ cdef void figures_clear(figures *f) noexcept nogil
 cdef uint64_t next_random(swarm *s) noexcept nogil
 cdef void dial_later(swarm *s, agent *a, uint64_t delay_ms) noexcept nogil
 cdef void dial(swarm *s, agent *a) noexcept nogil
-cdef void connect_next(swarm *s) noexcept nogil
+cdef void connect_more(swarm *s) noexcept nogil
 cdef void leave(swarm *s, link *line) noexcept nogil
 cdef void drop_link(swarm *s, link *line) noexcept nogil
 cdef void enter(swarm *s, link *line, uint8_t state) noexcept nogil

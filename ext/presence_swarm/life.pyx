@@ -24,7 +24,7 @@ from presence_core.system cimport (
     monotonic_ns,
     send,
 )
-from presence_core.wheel cimport wheel_is_started, wheel_start
+from presence_core.wheel cimport wheel_is_started, wheel_start, wheel_stop
 from presence_swarm.client_frames cimport CONTROL_FRAME_BYTES, write_client_frame
 from presence_swarm.durations cimport durations_add, durations_clear
 from presence_swarm.messages cimport begins, behind
@@ -38,6 +38,7 @@ cdef enum:
     FIRST_BACKOFF_MS = 200
     MOST_BACKOFF_MS = 5000
     NO_TARGET_RETRY_MS = 100
+    ANSWER_MAX_BYTES = 16384  # head of the answer to an upgrade
 
 
 cdef void figures_clear(figures *f) noexcept nogil:
@@ -148,19 +149,24 @@ cdef void dial(swarm *s, agent *a) noexcept nogil:
     enter(s, line, LINK_DIALLING)
 
 
-cdef void connect_next(swarm *s) noexcept nogil:
-    """Dial for the next of those that are to connect, as many as may be under way; not for those that will by themselves."""
+cdef inline bint may_connect(const agent *a) noexcept nogil:
+    """Not one who is on the way, or will be by itself."""
+    cdef int current = a.links[a.current].state, other = a.links[1 - a.current].state
+    return current == LINK_CONNECTED or current == LINK_CLOSED and other == LINK_CLOSED and not wheel_is_started(&a.entry)
+
+
+cdef void connect_more(swarm *s) noexcept nogil:
+    """Dial for the next of those that are to connect, as many as may be under way."""
     cdef agent *a
-    cdef int state
     while (
         s.connect_next < s.connect_stop
         and s.in_state[LINK_DIALLING] + s.in_state[LINK_UPGRADING] + s.in_state[LINK_WAITING] < s.connect_window
     ):
         a = &s.agents[s.connect_next]
         s.connect_next += 1
-        a.return_ns = 0
-        state = a.links[a.current].state
-        if state == LINK_CONNECTED or state == LINK_CLOSED and not wheel_is_started(&a.entry):
+        if may_connect(a):
+            a.return_ns = 0
+            wheel_stop(&s.timers, &a.entry)  # told to come back later, it comes now
             dial(s, a)
 
 
@@ -208,9 +214,9 @@ cdef size_t on_answer(swarm *s, link *line, const uint8_t *data, size_t size, ui
     """The answer to the upgrade request, once it is whole; returns the bytes taken."""
     cdef agent *a = line.owner
     cdef const uint8_t *rest = behind(data, size, b"\r\n\r\n")
-    if rest == NULL:
+    if rest == NULL and size <= ANSWER_MAX_BYTES:
         return 0
-    if not begins(data, size, b"HTTP/1.1 101"):
+    if rest == NULL or not begins(data, size, b"HTTP/1.1 101"):
         refuse(s, line)
         return size
     line.upgraded_ns = at_ns
@@ -218,7 +224,7 @@ cdef size_t on_answer(swarm *s, link *line, const uint8_t *data, size_t size, ui
     if a.behaviour == IS_PLAIN:
         a.current = 0 if line == &a.links[0] else 1
         enter_connected(s, line, at_ns)
-        s.connected_agents += 1
+        s.connected_agents += not is_other_connected(line)
     elif a.behaviour != SAYS_NOTHING and not transmit(s, line, a.request, a.request_bytes):
         end_link(s, line, CODE_LOST, at_ns)
     return <size_t> rest - <size_t> data

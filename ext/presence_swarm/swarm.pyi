@@ -10,7 +10,9 @@ SILENT: Final = 2  # never sends its connect_request
 DEAF: Final = 3  # reads nothing once it is connected
 STAYING: Final = 4  # as GOOD, but after `terminated` it moves only when its connection is over
 ONCE: Final = 5  # as GOOD until its connection is over, and then it stays away
-PLAIN: Final = 6  # knows WebSocket alone, of any server: connected once it is upgraded, it answers pings and counts frames
+PLAIN: Final = (
+    6  # knows WebSocket alone, of any server: connected once it is upgraded, it answers pings and counts frames
+)
 
 class Durations(TypedDict):
     """A histogram: pairs of bucket (see `bucket_floors`) and count; the least, the most and the sum are exact."""
@@ -44,9 +46,9 @@ class Swarm:
         """
 
     def run(self, duration_ms: float, pace_ms: float = 0.0) -> None:
-        """Do what agents do, for that long. With a pace: look at the sockets every `pace_ms` only, and take all that is there.
-        One who waits for each frame is woken by each, at the expense of a sender on the same machine. Raises OSError when
-        the epoll fails. Until it returns, every other method raises RuntimeError.
+        """Do what agents do, for that long. With a pace: when something has come, take what all sockets have, up to 256 KiB of
+        each, and look again `pace_ms` later. One who waits for each frame is woken by each, at the expense of a sender on
+        the same machine. Raises OSError when the epoll fails. Until it returns, other methods raise RuntimeError.
         """
 
     def leave(self, first: int = 0, count: int = 0xFFFFFFFF) -> int:
@@ -54,12 +56,14 @@ class Swarm:
 
     def connect(self, window: int, first: int = 0, count: int = 0xFFFFFFFF) -> None:
         """Let these agents connect, to the targets as they are now; who is connected connects again, while the old connection
-        stays as it is. At most `window` connects of the swarm are under way at once. `run` sees it through.
+        stays as it is. At most `window` connects of the swarm are under way at once. `run` sees it through; of those of an
+        earlier call, whoever has not dialled yet is forgotten.
         """
 
     def say(self, message: bytes, times: int = 1, first: int = 0, count: int = 0xFFFFFFFF) -> int:
         """Each of these agents that is connected sends `message`, 65,535 bytes at the most, as text frames, all its frames in
-        one system call; returns how many did. Raises BlockingIOError when a socket has not taken all of them.
+        one system call; returns how many did. Raises OSError; BlockingIOError when a socket has not taken all of them, and
+        that connection is of no more use.
         """
 
     def events_of(self, index: int) -> int:

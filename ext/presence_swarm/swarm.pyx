@@ -5,7 +5,7 @@ Owns the agents, their memory and the loop. Knows nothing of what an agent does 
 
 import os
 
-from libc.errno cimport EINTR, ENOMEM, errno
+from libc.errno cimport EAGAIN, EINTR, ENOMEM, errno
 from libc.stdint cimport uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
@@ -16,11 +16,14 @@ from posix.unistd cimport close
 from presence_core.frames cimport OPCODE_TEXT
 from presence_core.system cimport (
     EPOLL_CLOEXEC,
+    MSG_DONTWAIT,
+    MSG_NOSIGNAL,
     NS_PER_MS,
     epoll_create1,
     epoll_event,
     epoll_wait,
     monotonic_ns,
+    send,
 )
 from presence_core.wheel cimport WHEEL_NEVER, wheel_entry, wheel_entry_init, wheel_init, wheel_next, wheel_pop, wheel_start
 from presence_swarm.arrivals cimport on_link_ready
@@ -42,7 +45,7 @@ from presence_swarm.life cimport (
     REQUEST_MAX_BYTES,
     TARGETS,
     agent,
-    connect_next,
+    connect_more,
     dial,
     drop_link,
     figures_clear,
@@ -50,7 +53,6 @@ from presence_swarm.life cimport (
     link,
     next_random,
     swarm,
-    transmit,
 )
 from presence_swarm.sockets cimport clock_offset_ns
 
@@ -103,7 +105,7 @@ cdef int turn(swarm *s, uint64_t stop_ns, int looks) noexcept nogil:
     cdef wheel_entry *entry
     cdef uint64_t began_ns = 0
     cdef int _, i, count
-    connect_next(s)
+    connect_more(s)
     for _ in range(looks):
         count = epoll_wait(s.epoll_fd, events, EVENTS_PER_TURN, 0 if began_ns else wait_ms(s, stop_ns))
         if count < 0:
@@ -278,6 +280,8 @@ cdef class Swarm:
         cdef unsigned int stop = min(<uint64_t> first + count, <uint64_t> self.s.agent_count)
         cdef uint8_t *frames
         cdef size_t frames_bytes
+        cdef ssize_t sent
+        cdef link *line
         self.check_idle()
         if size > 65535 or not 0 < times <= SAY_MAX_BYTES // (size + CLIENT_FRAME_HEADER_BYTES):
             raise ValueError("too large a message, or too many")
@@ -286,16 +290,22 @@ cdef class Swarm:
             raise MemoryError
         try:
             for i in range(first, stop):
-                if self.s.agents[i].links[self.s.agents[i].current].state == LINK_CONNECTED:
-                    frames_bytes = write_frames(&self.s, frames, <const uint8_t *> <const char *> message, size, times)
-                    if not transmit(&self.s, &self.s.agents[i].links[self.s.agents[i].current], frames, frames_bytes):
-                        raise BlockingIOError(self.s.errno_seen, f"the socket of agent {i} has not taken it whole")
-                    said += 1
+                line = &self.s.agents[i].links[self.s.agents[i].current]
+                if line.state != LINK_CONNECTED:
+                    continue
+                frames_bytes = write_frames(&self.s, frames, <const uint8_t *> <const char *> message, size, times)
+                sent = send(line.fd, frames, frames_bytes, MSG_NOSIGNAL | MSG_DONTWAIT)
+                if sent < 0 and errno != EAGAIN:
+                    raise OSError(errno, os.strerror(errno))
+                if sent < <ssize_t> frames_bytes:
+                    raise BlockingIOError(EAGAIN, f"the socket of agent {i} has not taken it whole")
+                said += 1
         finally:
             free(frames)
         return said
 
     def events_of(self, unsigned int index):
+        self.check_idle()
         if index >= self.s.agent_count:
             raise IndexError(index)
         return self.s.agents[index].events
@@ -352,11 +362,12 @@ cdef class Swarm:
         return taken
 
     def counters(self):
-        cdef int group
+        cdef int group, i
         self.check_idle()
         return {
             "attempts": self.s.now.attempts,
             "refusals": self.s.now.refusals,
+            "ends": sum([self.s.now.closes[i].count for i in range(self.s.now.close_rows)]),
             "connects": self.s.now.connects,
             "handovers": self.s.now.handovers,
             "frames": self.s.now.frames,

@@ -270,13 +270,18 @@ class _Server(uvicorn.Server):
         state = self.server_state
         for listener in (*self.servers, *(sockets or ())):
             listener.close()
-        for connection in list(state.connections):
-            connection.shutdown()
         until = time.monotonic() + LAST_ANSWERS_S
-        while (state.connections or state.tasks) and time.monotonic() < until:  # noqa: ASYNC110 - nobody tells
+        while (state.connections or state.tasks) and time.monotonic() < until:
+            for connection in list(state.connections):  # each time: one was accepted before and is made only now
+                connection.shutdown()
             await asyncio.sleep(LAST_ANSWERS_POLL_S)
-        for task in state.tasks:
-            task.cancel()
+        if state.tasks:
+            for task in state.tasks:
+                task.cancel()
+            await asyncio.wait(set(state.tasks), timeout=LAST_ANSWERS_S)
+        for connection in list(state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
 
 
 class Exchange(HttpToolsProtocol):

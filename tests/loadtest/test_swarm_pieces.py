@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -43,6 +44,10 @@ class Scripted:
         self.connections = 0
         self._writers: list[asyncio.StreamWriter] = []
 
+    def close_all(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.append(writer)
         self.connections += 1
@@ -77,8 +82,7 @@ async def serving(script: Script, agents: int) -> AsyncIterator[Scripted]:
         yield own
     finally:
         server.close()
-        for writer in own._writers:
-            writer.close()
+        own.close_all()
 
 
 async def slowly(writer: asyncio.StreamWriter, data: bytes, size: int) -> None:
@@ -277,6 +281,7 @@ async def test_a_plain_one_counts_frames_of_any_server_and_answers_pings() -> No
         counters = own.figures.counters
         assert (counters["violations"], counters["pings"], counters["events"]) == (0, 1, 0)
         assert counters["bytes"] == len(UPGRADED) + 2 + 13 + 2 + 4 + len(binary)
+        assert counters["payload_bytes"] == 13 + 4 + 70_000
         assert own.figures.by_group["cadence"][0].count == 0  # nobody has told it when pings come
 
 
@@ -312,8 +317,8 @@ async def test_agents_say_what_they_are_told_to() -> None:
             own.swarm.say(b"x" * 65_536)
         with pytest.raises(ValueError, match="many"):
             own.swarm.say(b"x", 0)
-        with pytest.raises(BlockingIOError, match="agent 0"):
-            own.swarm.say(b"x" * 60_000, 200)
+        with pytest.raises(BlockingIOError, match="agent 0"):  # the server's task has no turn meanwhile
+            deque((own.swarm.say(b"x" * 60_000, 200) for _ in range(50)), 0)
 
 
 async def test_at_a_pace_it_takes_all_that_is_there_at_each_look() -> None:
@@ -339,13 +344,85 @@ async def test_at_a_pace_it_takes_all_that_is_there_at_each_look() -> None:
 
 async def test_nothing_is_asked_of_a_swarm_that_runs() -> None:
     own = swarm.Swarm(1)
-    running = asyncio.create_task(asyncio.to_thread(own.run, 300))
-    await asyncio.sleep(0.1)
-    for ask in (own.take, own.gauges, own.counters, own.leave, lambda: own.run(1), lambda: own.connect(1)):
-        with pytest.raises(RuntimeError, match="runs"):
-            ask()
-    for ask in (lambda: own.add(b""), lambda: own.say(b""), lambda: own.set_targets([1])):
+    own.add(b"", None)
+    running = asyncio.create_task(asyncio.to_thread(own.run, 2_000))
+
+    def runs() -> bool:
+        try:
+            own.counters()
+        except RuntimeError:
+            return True
+        return False
+
+    await eventually(runs)
+    asks: list[Callable[[], object]] = [own.take, own.gauges, own.counters, own.leave, lambda: own.events_of(0)]
+    asks += [lambda: own.run(1), lambda: own.connect(1), lambda: own.add(b""), lambda: own.say(b"")]
+    asks += [lambda: own.set_targets([1])]
+    for ask in asks:
         with pytest.raises(RuntimeError, match="runs"):
             ask()
     await running
-    assert own.gauges()["agents"] == 0
+    assert own.gauges()["agents"] == 1
+
+
+async def test_a_plain_one_that_connects_twice_counts_once() -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(UPGRADED)
+
+    async with plain(script) as own:
+        for connections in (1, 2):
+            own.swarm.connect(1)
+            await own.run(lambda number=connections: own.figures.counters["connects"] == number)
+        gauges = own.swarm.gauges()
+        assert (gauges["connected"], gauges["links"]) == (1, 2)
+        own.close_all()
+        await own.run(lambda: own.swarm.gauges()["links"] == 0)
+        assert own.swarm.gauges()["connected"] == 0
+
+
+async def test_one_who_is_on_the_way_is_not_sent_again() -> None:
+    """Its connection is lost while the next one is being made: that one will do."""
+    answers = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if own.connections > 1:
+            await answers.wait()
+        writer.write(UPGRADED + SUCCESS)
+
+    async with scripted(script) as own:
+        await own.run(lambda: own.swarm.gauges()["connected"])
+        own.swarm.connect(1)
+        await own.run(lambda: own.swarm.gauges()["upgrading"])
+        own._writers[0].close()
+        await own.run(lambda: own.figures.closes)
+        own.swarm.connect(2)
+        await asyncio.to_thread(own.swarm.run, 30)
+        answers.set()
+        await own.run(lambda: own.swarm.gauges()["connected"])
+        assert own.connections == 2
+        assert own.figures.counters["handovers"] == 0
+
+
+async def test_one_who_was_told_to_come_back_and_is_sent_before_comes_once() -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        error = b'{"type":"recoverable_session_error","payload":{"type":"terminated","reconnect":true,"reconnect_after_ms":150}}'
+        writer.write(UPGRADED + SUCCESS + (encode_frame(OPCODE_TEXT, error) if own.connections == 1 else b""))
+
+    async with scripted(script) as own:
+        await own.run(lambda: own.figures.counters["terminated"])
+        own.swarm.connect(1)
+        await own.run(lambda: own.figures.counters["handovers"] == 1)
+        await asyncio.to_thread(own.swarm.run, 300)
+        assert own.connections == 2
+
+
+async def test_a_head_without_an_end_is_no_answer() -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            for _ in range(200):
+                writer.write(b"x" * 16_384)
+                await writer.drain()
+
+    async with scripted(script) as own:
+        await own.run(lambda: own.figures.counters["refusals"] >= 2)
+        assert own.figures.counters["bytes"] < 2_000_000

@@ -18,7 +18,7 @@ law = importlib.import_module("bench.law")
 scaling_page = importlib.import_module("bench.scaling_page")
 
 REPLICA_US, AGENT_US, EVENT_US, FRAME_US = 2_000.0, 3.0, 60.0, 4.0
-NATS_IN_US, NATS_OUT_US = 12.0, 7.0
+NATS_US, NATS_IN_US, NATS_OUT_US = 5_000.0, 12.0, 7.0
 REPLICA_BYTES, AGENT_BYTES = 100_000_000, 900
 LARGE_ROOM = 500
 
@@ -31,6 +31,7 @@ COSTS = law.Costs(
     close_us=100.0,
     replica_bytes=REPLICA_BYTES,
     agent_bytes=AGENT_BYTES,
+    nats_us_per_s=NATS_US,
     nats_in_us=NATS_IN_US,
     nats_out_us=NATS_OUT_US,
     postgres_open_us=20.0,
@@ -44,7 +45,7 @@ def window(replicas: int, agents: int, events_per_s: float, room_size: float) ->
     cpu_us = REPLICA_US * replicas + AGENT_US * agents + EVENT_US * received + FRAME_US * frames
     return {
         "replicas": cpu_us / 1e6,
-        "nats": (NATS_IN_US * events_per_s + NATS_OUT_US * received) / 1e6,
+        "nats": (NATS_US + NATS_IN_US * events_per_s + NATS_OUT_US * received) / 1e6,
         "frames_per_s": frames,
         "wanted_events_per_s": events_per_s,
         "waited": 0.0,
@@ -139,7 +140,7 @@ def test_the_load_of_others() -> None:
     steady = law.size(demand, COSTS, agents_max=27_000, share_max=10.0).steady
     assert steady.nats_in == pytest.approx(900 + 20)
     assert steady.nats_out == pytest.approx(920)
-    assert steady.nats_cores == pytest.approx(920 * (NATS_IN_US + NATS_OUT_US) / 1e6)
+    assert steady.nats_cores == pytest.approx((NATS_US + 920 * (NATS_IN_US + NATS_OUT_US)) / 1e6)
     assert steady.rows == pytest.approx(10 + 2 * 10 + 0.2)
     assert steady.postgres_cores == pytest.approx(10 * 50e-6)
 
