@@ -138,7 +138,9 @@ def _probed(
     probe = _spawn("probe", str(server.port), str(server.ready["nats"]), *room, str(seconds))
     with _ended(probe):
         assert probe.stdout is not None
-        while not select.select([probe.stdout], [], [], 0)[0]:
+        told = select.poll()
+        told.register(probe.stdout, select.POLLIN)
+        while not told.poll(0):
             audience.hold(0.05, read_every_ms=READ_EVERY_MS)
         if probe.stdout.readline() != BEGINS:
             raise RuntimeError("the prober failed")

@@ -36,15 +36,20 @@ PARTS = {
 }
 FAN_OUT = "fanout.measure_fanout(figures, rounds=1, members=60, events=40)"
 FLOOD = (
+    "held = many_descriptors();"  # as with many agents: there are calls that know only a thousand
     "flood.QUIET_S = flood.FLOOD_S = 2.0; flood.PINGS_MIN = 1; flood.DELIVERIES_PER_S = 6_000;"
     "flood.measure_flood(figures, rounds=1, crowd_size=60, agents=300)"
 )
 PROGRAM = """
-import json, sys
+import json, os, resource, sys
 sys.path.insert(0, sys.argv[1])
 import fanout, flood, pings, slow, sockets
 from figures import Figures
 from peers import PRESENCE
+def many_descriptors():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2_000, hard) if hard > 0 else 2_000, hard))
+    return [os.open("/dev/null", os.O_RDONLY) for _ in range(1_100)]
 def only_own(servers):
     return {{PRESENCE: servers[PRESENCE]}}
 figures = Figures()
