@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
 from pydantic_core import PydanticUndefined
@@ -151,15 +151,15 @@ def _fill_standard_streams() -> None:
     sys.stderr = sys.stderr or open(STDERR_FD, "w", closefd=False)  # noqa: SIM115
 
 
-def main() -> None:
+def main() -> NoReturn:
     """The console script."""
     _fill_standard_streams()
     status = run()
-    try:
-        sys.stdout.flush()
-    except OSError:  # the interpreter would try again, and complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT_FD)
-    sys.exit(status)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody is left to read it
+            stream.flush()
+    # All has been closed and written. The interpreter would take its objects apart one by one, while others wait for this end.
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import select
 import signal
 import sys
 import traceback
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from presence import __main__, serving
 
@@ -32,16 +32,12 @@ def become(argv: list[str], log: str) -> NoReturn:
         os.dup2(descriptor, target)
     os.closerange(3, 64)
     sys.argv = argv
-    status: Any = 1
     try:
         __main__.main()
-        status = 0
-    except SystemExit as end:
-        status = end.code
     except BaseException:
         traceback.print_exc()
     finally:
-        os._exit(status if isinstance(status, int) else 1)
+        os._exit(1)  # `main` ends the process itself
 
 
 def report(**words: int) -> None:
