@@ -1,8 +1,8 @@
 """Many sends in one system call: a small io_uring, where the kernel lets us have one.
 
-Entering the kernel is a good part of sending a short frame: sixty at once take some seven percent less of the
-processor (`bench/run.py --only fanout`). Owns the ring. Knows nothing of connections: data and descriptors are the caller's until
-`bulk_send` has returned, and nothing is under way behind it, for every send is one that must not wait.
+Entering the kernel is a good part of sending a short frame: sixty at once take four to eighteen percent less of the processor,
+from run to run (`bench/run.py --only fanout`). Owns the ring. Knows nothing of connections: data and descriptors are the
+caller's until `bulk_send` has returned, and nothing is under way behind it, for every send is one that must not wait.
 
 A kernel before 6.0 has no such ring, and a container may forbid it, as Docker's default profile does: `fd` is -1, and the
 caller sends one by one.

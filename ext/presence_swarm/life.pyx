@@ -81,7 +81,7 @@ cdef void enter_connected(swarm *s, link *line, uint64_t at_ns) noexcept nogil:
     enter(s, line, LINK_CONNECTED)
     s.now.connects += 1
     durations_add(&s.now.connect[a.group], at_ns - line.began_ns if at_ns > line.began_ns else 0)
-    s.now.connected_last_ns = at_ns if at_ns > s.now.connected_last_ns else s.now.connected_last_ns
+    s.now.connected_last_ns = max(s.now.connected_last_ns, at_ns)
 
 
 # --- dial
